@@ -1,0 +1,58 @@
+"""The gateway as an ASGI application: `create_app(settings, platform)`. Assembles, decides nothing."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+
+from gateway import openapi
+from gateway.auth import Keys
+from gateway.middleware import FalHeaders, QueueHost
+from gateway.platform import Platform
+from gateway.responses import error_response, json_response
+from gateway.routes import files, health, queue, run
+from gateway.settings import Settings
+from schemas.errors import ApiError, internal_error
+
+
+def create_app(settings: Settings, platform: Platform, keys: Keys | None) -> FastAPI:
+    """`keys` None leaves authentication off; the composition roots decide whether that is allowed."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with platform:
+            yield
+
+    app = FastAPI(title="Z-Image", version="0.1.0", lifespan=lifespan, redoc_url=None)
+    app.state.settings, app.state.platform, app.state.keys = settings, platform, keys
+    for module in (health, files, run, queue):
+        app.include_router(module.router)
+    app.add_exception_handler(ApiError, _api_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _unexpected)
+    app.openapi = lambda: openapi.document(app)  # type: ignore[method-assign]
+    app.add_middleware(FalHeaders)
+    app.add_middleware(QueueHost)
+    return app
+
+
+async def _api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return error_response(error)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """Starlette's own 404 and 405, in fal's wording."""
+    assert isinstance(error, HTTPException)
+    detail: Any = error.detail
+    if error.status_code == 404:
+        detail = f"Path {request.url.path} not found"
+    return json_response({"detail": detail}, error.status_code, error.headers)
+
+
+async def _unexpected(request: Request, error: Exception) -> Response:
+    return error_response(internal_error())

@@ -1,0 +1,94 @@
+"""One request's life: IN_QUEUE → IN_PROGRESS → COMPLETED, in one small class with time passed in.
+
+An interrupted job (killed process, preempted container) goes back to IN_QUEUE and runs again; after
+MAX_ATTEMPTS it is COMPLETED with an error, so that a job that kills its worker does so only so often.
+Failed and cancelled jobs are COMPLETED too, as fal has it: the outcome carries the error.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Literal
+
+from schemas.errors import ApiError, Cancelled, ServiceError
+
+MAX_ATTEMPTS = 3
+
+Status = Literal["IN_QUEUE", "IN_PROGRESS", "COMPLETED"]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a finished request answers: HTTP status, JSON body, billed units (megapixels).
+
+    kept: False for `sync_mode`, whose pictures are not to stay in the request history.
+    """
+
+    status: int
+    body: bytes
+    units: float = 0.0
+    error: str | None = None
+    error_type: str | None = None
+    inference_time: float | None = None
+    kept: bool = True
+
+    @classmethod
+    def of_error(cls, error: ApiError) -> Outcome:
+        """Failed requests cost nothing."""
+        body = error.body()
+        error_type = error.error_type
+        if error_type is None and isinstance(body["detail"], list):
+            error_type = body["detail"][0]["type"]
+        return cls(error.status, json.dumps(body).encode(), 0.0, str(error), error_type)
+
+
+class IllegalTransition(RuntimeError):
+    """A bug of ours: a job was asked to do what its state does not allow."""
+
+
+@dataclass(slots=True)
+class Job:
+    """Times are seconds since the epoch. `origin` is the scheme and host for URLs in the answer."""
+
+    request_id: str
+    endpoint: str
+    key_id: str
+    origin: str
+    created: float
+    status: Status = "IN_QUEUE"
+    started: float | None = None
+    finished: float | None = None
+    attempts: int = 0
+    outcome: Outcome | None = None
+    logs: list[dict[str, object]] = field(default_factory=list)
+
+    def start(self, now: float) -> None:
+        self._expect("IN_QUEUE")
+        self.status, self.started, self.attempts = "IN_PROGRESS", now, self.attempts + 1
+        self.logs = []
+
+    def finish(self, outcome: Outcome, now: float) -> None:
+        self._expect("IN_PROGRESS")
+        self.status, self.outcome, self.finished = "COMPLETED", outcome, now
+
+    def interrupt(self, now: float) -> None:
+        """The process that ran it is gone."""
+        self._expect("IN_PROGRESS")
+        if self.attempts >= MAX_ATTEMPTS:
+            lost = ServiceError(
+                503, f"The runner disconnected {self.attempts} times", "runner_disconnected"
+            )
+            self.finish(Outcome.of_error(lost), now)
+        else:
+            self.status, self.started = "IN_QUEUE", None
+
+    def cancel(self, now: float) -> None:
+        """Stop before it began. A running job is cancelled by whoever runs it, through `finish`."""
+        self._expect("IN_QUEUE")
+        self.status, self.finished = "COMPLETED", now
+        self.outcome = Outcome.of_error(Cancelled())
+
+    def _expect(self, status: Status) -> None:
+        if self.status != status:
+            raise IllegalTransition(f"{self.request_id} is {self.status}, not {status}")

@@ -1,0 +1,1 @@
+"""Implementations of `gateway.platform.Platform`, chosen at start-up by a composition root."""

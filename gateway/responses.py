@@ -1,0 +1,40 @@
+"""Answers: outcomes, errors and plain JSON as HTTP responses with fal's headers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import Response
+
+from gateway.jobs import Outcome
+from schemas.errors import ApiError
+
+
+def json_response(
+    body: Any, status: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
+    content = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
+    return Response(content, status, headers, media_type="application/json")
+
+
+def error_response(error: ApiError) -> Response:
+    headers = {"x-fal-error-type": error.error_type} if error.error_type else None
+    return json_response(error.body(), error.status, headers)
+
+
+def outcome_response(request_id: str, outcome: Outcome) -> Response:
+    """The model's own status, body and headers."""
+    headers = {
+        "x-fal-request-id": request_id,
+        "x-fal-billable-units": billable_units(outcome.units),
+    }
+    if outcome.error_type:
+        headers["x-fal-error-type"] = outcome.error_type
+    return Response(outcome.body, outcome.status, headers, media_type="application/json")
+
+
+def billable_units(units: float) -> str:
+    """fal's form: whole numbers plain, others with eight decimals."""
+    return f"{units:.0f}" if units == int(units) else f"{units:.8f}"

@@ -1,0 +1,1 @@
+"""HTTP routes, one noun per file. They translate; what happens is in `gateway.perform` and the platform."""

@@ -1,0 +1,22 @@
+"""`/health`: the process answers. `/ready`: it would start a request now."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request, Response
+
+from gateway.accept import platform
+from gateway.responses import json_response
+
+router = APIRouter(tags=["health"])
+
+
+@router.get("/health", summary="The process answers")
+async def health() -> Response:
+    return json_response({"status": "ok"})
+
+
+@router.get("/ready", summary="A request would start now")
+async def ready(request: Request) -> Response:
+    if await platform(request).ready():
+        return json_response({"status": "ready"})
+    return json_response({"status": "starting"}, 503)

@@ -1,0 +1,4 @@
+"""The engine: weights → tensors → pictures.
+
+Knows tensors, pictures and tasks; no HTTP, no Modal, no prices.
+"""

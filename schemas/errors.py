@@ -1,0 +1,157 @@
+"""Errors of the domain, raised once with field, type and context, rendered once at the door.
+
+Two shapes, both fal's (https://docs.fal.ai/errors):
+* `InputError` and pydantic's own ValidationError → 422 `{"detail": [{loc, msg, type, url, ctx, input}]}`
+* `ServiceError` → `{"detail": "text", "error_type": "…"}` with the header `X-Fal-Error-Type`
+
+Programs act on `type` and `ctx`; `msg` is for people. Never carries a stack trace or a path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+DOCUMENTED_TYPES = frozenset(
+    {
+        "internal_server_error",
+        "generation_timeout",
+        "downstream_service_error",
+        "downstream_service_unavailable",
+        "content_policy_violation",
+        "no_media_generated",
+        "image_too_small",
+        "image_too_large",
+        "image_load_error",
+        "file_download_error",
+        "file_too_large",
+        "unsupported_image_format",
+        "greater_than",
+        "greater_than_equal",
+        "less_than",
+        "less_than_equal",
+        "multiple_of",
+        "sequence_too_short",
+        "sequence_too_long",
+        "one_of",
+        "feature_not_supported",
+        "value_error",
+        "input_value_error",
+    }
+)
+"""Types with an entry at https://docs.fal.ai/errors; only these get a `url`."""
+
+_MAX_ECHO = 256
+"""Characters of a caller's value that an error repeats: data URIs are megabytes."""
+
+Loc = tuple[str | int, ...]
+
+
+class ApiError(Exception):
+    """An answer that is not a picture: an HTTP status and fal's JSON body for it."""
+
+    status: int = 500
+    error_type: str | None = None
+
+    def body(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+
+class InputError(ApiError):
+    """A request we understand and refuse: 422 naming the field. `loc` starts with "body"."""
+
+    status = 422
+
+    def __init__(
+        self,
+        loc: Loc,
+        msg: str,
+        type: str,
+        *,
+        ctx: Mapping[str, Any] | None = None,
+        input: Any = None,
+    ) -> None:
+        super().__init__(f"{'.'.join(map(str, loc))}: {msg}")
+        self.detail = [error_detail(loc, msg, type, ctx=ctx, input=input)]
+
+    def body(self) -> dict[str, Any]:
+        return {"detail": self.detail}
+
+
+class ValidationFailed(InputError):
+    """pydantic's errors for a request body, rendered in fal's shape."""
+
+    def __init__(self, error: ValidationError) -> None:
+        Exception.__init__(self, f"{error.error_count()} invalid field(s)")
+        self.detail = [
+            error_detail(
+                ("body", *item["loc"]),
+                item["msg"],
+                item["type"],
+                ctx=item.get("ctx"),
+                input=item.get("input"),
+            )
+            for item in error.errors(include_url=False)
+        ]
+
+
+class ServiceError(ApiError):
+    """The service, not the input: `error_type` is one of fal's infrastructure types."""
+
+    def __init__(self, status: int, detail: str, error_type: str) -> None:
+        super().__init__(detail)
+        self.status, self.detail, self.error_type = status, detail, error_type
+
+    def body(self) -> dict[str, Any]:
+        return {"detail": self.detail, "error_type": self.error_type}
+
+
+class Cancelled(ServiceError):
+    """The client asked for the request to stop."""
+
+    def __init__(self) -> None:
+        super().__init__(499, "Request was cancelled by the client", "client_cancelled")
+
+
+def internal_error() -> ServiceError:
+    """What a caller learns of a bug of ours: nothing but that it was one."""
+    return ServiceError(500, "Internal Server Error", "internal_error")
+
+
+def error_detail(
+    loc: Sequence[str | int],
+    msg: str,
+    type: str,
+    *,
+    ctx: Mapping[str, Any] | None = None,
+    input: Any = None,
+) -> dict[str, Any]:
+    """One entry of `detail`. Union tags ("<…>") leave `loc`; long or nested inputs are not echoed."""
+    detail: dict[str, Any] = {
+        "loc": [part for part in loc if not str(part).startswith("<")],
+        "msg": msg,
+        "type": type,
+    }
+    if type in DOCUMENTED_TYPES:
+        detail["url"] = f"https://docs.fal.ai/errors#{type}"
+    if ctx:
+        detail["ctx"] = {key: _plain(value) for key, value in ctx.items()}
+    if (echo := _echo(input)) is not None:
+        detail["input"] = echo
+    return detail
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, (str, int, float, bool, list, type(None))) else str(value)
+
+
+def _echo(value: Any) -> Any:
+    if isinstance(value, str):
+        return value if len(value) <= _MAX_ECHO else value[:_MAX_ECHO] + "…"
+    if isinstance(value, (int, float, bool)):
+        return value
+    if isinstance(value, dict) and set(value) == {"width", "height"}:
+        return value
+    return None

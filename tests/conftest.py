@@ -1,0 +1,134 @@
+"""Shared parts: the demo engine, photographs, and a server on a real socket."""
+
+from __future__ import annotations
+
+import io
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+import uvicorn
+from PIL import Image
+
+from gateway.app import create_app
+from gateway.auth import Keys
+from gateway.platforms.local import LocalPlatform
+from gateway.settings import Settings
+from inference.engine import Engine
+from schemas.task import Generate, Progress, Result, Task
+
+ROOT = Path(__file__).parent.parent
+CAT = ROOT / "examples" / "cat.jpg"
+I2I = "/fal-ai/z-image/turbo/image-to-image"
+T2I = "/fal-ai/z-image/turbo"
+
+
+@pytest.fixture(scope="session")
+def engine() -> Iterator[Engine]:
+    engine = Engine.load("demo", device="cpu")
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="session")
+def photo() -> Image.Image:
+    """A photograph, 451×300, RGB."""
+    return Image.open(CAT).convert("RGB")
+
+
+def encoded(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def opened(data: bytes) -> Image.Image:
+    image = Image.open(io.BytesIO(data))
+    image.load()
+    return image
+
+
+class Counting:
+    """A real engine that counts what it was asked, and can be held up before it begins."""
+
+    def __init__(self, engine: Generate) -> None:
+        self.engine = engine
+        self.tasks: list[Task] = []
+        self.gate = threading.Event()
+        self.gate.set()
+        self.cancelled = 0
+
+    def __call__(
+        self,
+        task: Task,
+        on_progress: Callable[[Progress], None] = lambda progress: None,
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> Result:
+        self.tasks.append(task)
+        while not self.gate.wait(0.02):
+            if cancelled():
+                break
+        try:
+            return self.engine(task, on_progress, cancelled)
+        except BaseException:
+            self.cancelled += 1
+            raise
+
+
+class Server:
+    """The gateway with a real engine on loopback, and a client for it."""
+
+    def __init__(self, url: str, engine: Counting, home: Path, port: int) -> None:
+        self.url, self.engine, self.home, self.port = url, engine, home, port
+        self.http = httpx2.Client(base_url=url, timeout=60)
+
+    def wait(self, status_url: str, **kwargs: Any) -> dict[str, Any]:
+        """Poll to COMPLETED; fails after the test's own timeout."""
+        while True:
+            answer = self.http.get(status_url, **kwargs).json()
+            if answer["status"] == "COMPLETED":
+                return dict(answer)
+
+
+@contextmanager
+def serving(
+    home: Path,
+    engine: Generate,
+    keys: str | None = None,
+    ssl: dict[str, Any] | None = None,
+    host: str = "127.0.0.1",
+    **settings: Any,
+) -> Iterator[Server]:
+    """A server in this process, on a free port, until the block ends."""
+    counting = Counting(engine)
+    options = Settings(home=home, **{"fetch_allow": "127.0.0.0/8", **settings})
+    app = create_app(
+        options, LocalPlatform(options, counting), Keys.parse(keys) if keys is not None else None
+    )
+    with socket.create_server((host, 0)) as listener:
+        port = listener.getsockname()[1]
+        config = uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=5, **(ssl or {}))
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        try:
+            while not server.started:
+                assert thread.is_alive(), "the server did not start"
+                thread.join(0.01)
+            scheme = "https" if ssl else "http"
+            yield Server(f"{scheme}://localhost:{port}", counting, home, port)
+        finally:
+            counting.gate.set()
+            server.should_exit = True
+            thread.join()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, engine: Engine) -> Iterator[Server]:
+    with serving(tmp_path_factory.mktemp("home"), engine) as server:
+        yield server

@@ -1,0 +1,247 @@
+"""The engine's promises (DESIGN §4), each on the real pipeline classes with demo weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import ZImageImg2ImgPipeline, ZImagePipeline
+from PIL import Image
+from tests.conftest import opened
+
+from inference import sampling
+from inference.engine import Engine
+from inference.weights import DEMO_DIRECTORY
+from media.decode import to_picture
+from media.fit import fit
+from schemas.task import Progress, Result, Task, TaskCancelled
+
+
+@pytest.fixture
+def task(photo: Image.Image) -> Task:
+    return Task(
+        prompt="a ginger cat",
+        width=160,
+        height=128,
+        steps=8,
+        strength=0.6,
+        seed=7,
+        num_images=1,
+        image=fit(to_picture(photo), 160, 128),
+    )
+
+
+def change(task: Task, **fields: Any) -> Task:
+    return dataclasses.replace(task, **fields)
+
+
+def only(result: Result) -> bytes:
+    (image,) = result.images
+    return image.data
+
+
+def pixels(data: bytes) -> np.ndarray:
+    return np.asarray(opened(data).convert("RGB"), dtype=np.int16)
+
+
+def reference(pipeline_class: Any, **arguments: Any) -> np.ndarray:
+    """What diffusers' own pipeline makes of the same weights in float32."""
+    pipeline = pipeline_class.from_pretrained(DEMO_DIRECTORY, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(
+        "a ginger cat",
+        guidance_scale=0.0,
+        generator=torch.Generator().manual_seed(7),
+        **arguments,
+    ).images
+    return np.asarray(images[0], dtype=np.int16)
+
+
+def test_text_to_image_is_the_reference_pipeline(engine: Engine, task: Task) -> None:
+    ours = pixels(only(engine(change(task, image=None, strength=1.0))))
+    theirs = reference(ZImagePipeline, width=160, height=128, num_inference_steps=8)
+    assert np.abs(ours - theirs).max() <= 1  # rounding: the pipeline pads prompts to 512 tokens
+
+
+@pytest.mark.parametrize("strength", [0.05, 0.6, 0.625])
+def test_image_to_image_is_the_reference_pipeline(
+    engine: Engine, task: Task, photo: Image.Image, strength: float
+) -> None:
+    """Given our start latents and its own schedule, the i2i pipeline makes the same picture."""
+    n = sampling.forwards(8, strength)
+    sigma = float(sampling.sigmas(engine.scheduler, 8, strength, 80)[0])
+    with torch.inference_mode():
+        z = engine._encode_image(task.image, sigma)
+    start = sampling.start(z, sampling.noise(7, 16, 160, 128), sigma)
+    theirs = reference(
+        ZImageImg2ImgPipeline,
+        image=photo,
+        width=160,
+        height=128,
+        strength=1.0,
+        num_inference_steps=n,
+        sigmas=torch.linspace(strength, strength / n, n).tolist(),
+        latents=start[None],
+    )
+    ours = pixels(only(engine(change(task, strength=strength))))
+    assert np.abs(ours - theirs).max() <= 1
+
+
+def test_promise_1_four_pictures_are_four_requests(engine: Engine, task: Task) -> None:
+    together = engine(change(task, num_images=4))
+    apart = [only(engine(change(task, seed=7 + k))) for k in range(4)]
+    assert [image.data for image in together.images] == apart
+    assert len(set(apart)) == 4
+
+
+def test_promise_2_strength_0_returns_the_input_without_a_forward(
+    engine: Engine, task: Task
+) -> None:
+    steps: list[Progress] = []
+    result = engine(change(task, strength=0.0, num_images=2), steps.append)
+    assert result.forwards == 0 and not steps
+    assert "denoise" not in result.timings
+    assert task.image is not None
+    for image in result.images:
+        assert opened(image.data).tobytes() == task.image.rgb
+
+
+def test_promise_2_strength_1_is_text_to_image(engine: Engine, task: Task) -> None:
+    assert only(engine(change(task, strength=1.0))) == only(
+        engine(change(task, strength=1.0, image=None))
+    )
+
+
+def test_promise_2_five_forwards_at_eight_steps_and_0_6(engine: Engine, task: Task) -> None:
+    steps: list[Progress] = []
+    assert engine(task, steps.append).forwards == 5
+    assert [(p.step, p.steps) for p in steps] == [(k, 5) for k in range(1, 6)]
+
+
+def test_promise_2_one_step_at_half_strength_still_sees_the_picture(
+    engine: Engine, task: Task
+) -> None:
+    assert task.image is not None
+    inverted = dataclasses.replace(task.image, rgb=bytes(255 - b for b in task.image.rgb))
+    one = change(task, steps=1, strength=0.5)
+    assert only(engine(one)) != only(engine(change(one, image=inverted)))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (15, 33), (100, 100), (451, 300), (16, 512)])
+def test_promise_3_sizes_are_exact(engine: Engine, task: Task, size: tuple[int, int]) -> None:
+    width, height = size
+    for image in (None, fit(task.image, width, height)):  # type: ignore[arg-type]
+        sized = change(task, width=width, height=height, image=image, strength=0.5, steps=2)
+        if image is None:
+            sized = change(sized, strength=1.0)
+        assert opened(only(engine(sized))).size == size
+
+
+def test_promise_5_flagged_pictures_are_black(engine: Engine, task: Task) -> None:
+    """The shipped model with a threshold that every picture reaches."""
+    from inference.safety import OpenNSFW
+
+    strict = Engine(
+        {
+            "transformer": engine.transformer,
+            "vae": engine.vae,
+            "scheduler": engine.scheduler,
+            "tokenizer": engine._encode_prompt._tokenizer,
+            "text_encoder": engine._encode_prompt._text_encoder,
+        },
+        OpenNSFW(threshold=1e-6),
+        engine.weights,
+    )
+    for format, exact in (("png", True), ("jpeg", False), ("webp", False)):
+        result = strict(change(task, num_images=2, output_format=format))
+        for image in result.images:
+            assert image.flagged
+            black = opened(image.data)
+            assert black.size == (160, 128) and black.format == format.upper()
+            assert np.asarray(black).max() <= (0 if exact else 2)
+        unchecked = strict(change(task, safety=False, output_format=format))
+        assert not unchecked.images[0].flagged
+        assert np.asarray(opened(unchecked.images[0].data)).max() > 10
+    strict.close()
+
+
+def test_promise_5_a_broken_checker_fails_the_request(engine: Engine, task: Task) -> None:
+    def broken(image: Image.Image) -> bool:
+        raise RuntimeError("no checker")
+
+    working, engine._safety = engine._safety, broken
+    try:
+        with pytest.raises(RuntimeError, match="no checker"):
+            engine(change(task, num_images=2))
+    finally:
+        engine._safety = working
+
+
+def test_promise_7_cancel_stops_between_two_steps(engine: Engine, task: Task) -> None:
+    before = only(engine(task))
+    steps: list[Progress] = []
+    with pytest.raises(TaskCancelled):
+        engine(change(task, num_images=4), steps.append, lambda: len(steps) >= 2)
+    assert len(steps) == 2
+    assert only(engine(task)) == before
+
+
+def test_prompt_and_picture_are_encoded_once(engine: Engine, task: Task) -> None:
+    calls: list[str] = []
+    hooks = [
+        engine.vae.encoder.register_forward_hook(lambda *_: calls.append("picture")),
+        engine._encode_prompt._text_encoder.register_forward_hook(
+            lambda *_: calls.append("prompt")
+        ),
+    ]
+    try:
+        engine(change(task, prompt="never said before", num_images=3))
+        assert sorted(calls) == ["picture", "prompt"]
+        engine(change(task, prompt="never said before"))
+        assert sorted(calls) == ["picture", "picture", "prompt"]
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def test_threads_do_not_disturb_each_other(engine: Engine, task: Task) -> None:
+    alone = {seed: only(engine(change(task, seed=seed))) for seed in range(4)}
+    together: dict[int, bytes] = {}
+
+    def work(seed: int) -> None:
+        together[seed] = only(engine(change(task, seed=seed)))
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert together == alone
+
+
+def test_timings_name_every_stage(engine: Engine, task: Task) -> None:
+    timings = engine(task).timings
+    assert list(timings)[0] == "inference"
+    assert set(timings) == {
+        "inference",
+        "prompt_encode",
+        "image_encode",
+        "denoise",
+        "image_decode",
+        "safety_check",
+        "file_encode",
+    }
+    assert all(seconds >= 0 for seconds in timings.values())
+
+
+def test_a_prompt_longer_than_the_model_reads_is_cut(engine: Engine, task: Task) -> None:
+    assert engine(change(task, prompt="a very long story " * 1000)).forwards == 5
+
+
+@pytest.mark.parametrize("prompt", ["", "🦊" * 20, "<|im_end|>", "a\x00b"])
+def test_odd_prompts(engine: Engine, task: Task, prompt: str) -> None:
+    assert engine(change(task, prompt=prompt)).prompt == prompt

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import filecmp
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tests.conftest import ROOT
+
+from inference.engine import Engine
+from inference.weights import DEMO_DIRECTORY, HUB_ID, WeightsError, locate
+
+
+def test_demo_weights_come_along() -> None:
+    weights = locate("demo")
+    assert weights.revision and weights.path == DEMO_DIRECTORY
+
+
+def test_a_directory(tmp_path: Path) -> None:
+    copied = shutil.copytree(DEMO_DIRECTORY, tmp_path / "mine")
+    assert Engine.load(str(copied), device="cpu").weights.path == copied
+
+
+@pytest.mark.parametrize(
+    "missing",
+    [
+        "model_index.json",
+        "transformer/config.json",
+        "vae/*.safetensors",
+        "tokenizer/tokenizer.json",
+        "scheduler/scheduler_config.json",
+    ],
+)
+def test_an_incomplete_set_says_what_is_missing(tmp_path: Path, missing: str) -> None:
+    copied = shutil.copytree(DEMO_DIRECTORY, tmp_path / "mine")
+    for file in copied.glob(missing):
+        file.unlink()
+    with pytest.raises(WeightsError, match="incomplete") as caught:
+        locate(str(copied))
+    assert missing in str(caught.value) and "zimage weights fetch" in str(caught.value)
+
+
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+    copied = shutil.copytree(DEMO_DIRECTORY, tmp_path / "mine")
+    index = copied / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text('{"weight_map": {"a": "shard-1.safetensors", "b": "shard-2.safetensors"}}')
+    (copied / "transformer" / "shard-1.safetensors").touch()
+    with pytest.raises(WeightsError, match=r"missing: transformer/shard-2\.safetensors\."):
+        locate(str(copied))
+
+
+@pytest.mark.parametrize("spec", ["./nowhere", "/nowhere", "~/nowhere", "nowhere", ""])
+def test_a_missing_directory(spec: str) -> None:
+    with pytest.raises(WeightsError):
+        locate(spec)
+
+
+@pytest.mark.parametrize("spec", [HUB_ID, f"{HUB_ID}@v1.0"])
+def test_hub_weights_that_are_not_here_say_how_to_get_them(
+    spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(WeightsError, match=f"zimage weights fetch {spec}"):
+        locate(spec)
+
+
+def test_the_placeholder_is_what_its_script_generates(tmp_path: Path) -> None:
+    if locate("demo").revision != "placeholder-1":
+        pytest.skip("trained demo weights are not generated")
+    made = tmp_path / "demo"
+    script = ROOT / "scripts" / "make_demo_weights.py"
+    subprocess.run([sys.executable, script, made], check=True, cwd=ROOT)
+    names = [str(p.relative_to(made)) for p in made.rglob("*") if p.suffix == ".safetensors"]
+    assert len(names) == 3
+    _, different, missing = filecmp.cmpfiles(made, DEMO_DIRECTORY, names, shallow=False)
+    assert not different and not missing
