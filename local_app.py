@@ -135,6 +135,7 @@ def serve(
     from gateway.app import create_app
     from gateway.auth import Keys
     from gateway.platforms.local import HomeInUse, LocalPlatform
+    from inference.aio import AsyncEngine
 
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -152,7 +153,7 @@ def serve(
         )
     engine = _load(settings)
     try:
-        platform = LocalPlatform(settings, engine)
+        platform = LocalPlatform(settings, AsyncEngine(engine))
     except HomeInUse as error:
         _fail(str(error))
     scheme = "https" if tls_cert else "http"
@@ -171,7 +172,6 @@ def serve(
         log_config=None,
         timeout_graceful_shutdown=10,
     )
-    engine.close()
 
 
 @weights_app.command("info")
@@ -260,8 +260,9 @@ async def _submit_and_wait(
     from gateway.auth import ANONYMOUS
     from gateway.jobs import Job
     from gateway.platforms.local import LocalPlatform
+    from inference.aio import AsyncEngine
 
-    async with LocalPlatform(settings, engine) as platform:
+    async with LocalPlatform(settings, AsyncEngine(engine)) as platform:
         job = Job(str(uuid.uuid4()), endpoint, ANONYMOUS, "file://", time.time())
         await platform.submit(job, json.dumps(body).encode())
         waiting = asyncio.create_task(platform.wait(job.request_id))

@@ -145,7 +145,7 @@ class Fetcher:
         for _ in range(MAX_REDIRECTS + 1):
             target = _checked_url(url)
             async with self._pool.stream(
-                "GET", str(target), headers=_HEADERS, extensions={"timeout": self._timeouts}
+                "GET", _wire(target), headers=_HEADERS, extensions={"timeout": self._timeouts}
             ) as response:
                 headers = {name.lower(): value for name, value in response.headers}
                 if response.status in (301, 302, 303, 307, 308) and b"location" in headers:
@@ -174,7 +174,16 @@ def _checked_url(url: str) -> httpx2.URL:
     parsed = httpx2.URL(url)
     if parsed.scheme not in ("http", "https") or not parsed.host or parsed.userinfo:
         raise _Unusable("not a plain http(s) URL")
+    if parsed.port is not None and not 0 < parsed.port < 65536:
+        raise _Unusable("not a port")
     return parsed
+
+
+def _wire(url: httpx2.URL) -> httpcore2.URL:
+    """Part by part, so that no second parser gets to see the string differently."""
+    return httpcore2.URL(
+        scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path
+    )
 
 
 async def _read(response: httpcore2.Response, loc: Loc) -> bytes:

@@ -40,11 +40,15 @@ OnProgress = Callable[[Progress], None]
 OnLog = Callable[[str], None]
 
 
+GenerateAsync = Callable[[Task, OnProgress], Awaitable[Result]]
+"""Runs a Task somewhere; cancelling it stops the engine between two steps."""
+
+
 @dataclass(slots=True)
 class Services:
-    """What a request needs on its way. `generate` runs a Task; cancelling it stops the engine."""
+    """What a request needs on its way."""
 
-    generate: Callable[[Task, OnProgress], Awaitable[Result]]
+    generate: GenerateAsync
     files: Files
     fetcher: Fetcher
     acceleration_default: Acceleration

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from gateway.app import create_app
 from gateway.auth import Keys
 from gateway.platforms.local import LocalPlatform
 from gateway.settings import Settings
+from inference.aio import AsyncEngine
 from inference.engine import Engine
 from schemas.task import Generate, Progress, Result, Task
 
@@ -93,6 +95,7 @@ class Server:
             answer = self.http.get(status_url, **kwargs).json()
             if answer["status"] == "COMPLETED":
                 return dict(answer)
+            time.sleep(0.01)
 
 
 @contextmanager
@@ -106,9 +109,10 @@ def serving(
 ) -> Iterator[Server]:
     """A server in this process, on a free port, until the block ends."""
     counting = Counting(engine)
+    aio = AsyncEngine(counting)
     options = Settings(home=home, **{"fetch_allow": "127.0.0.0/8", **settings})
     app = create_app(
-        options, LocalPlatform(options, counting), Keys.parse(keys) if keys is not None else None
+        options, LocalPlatform(options, aio), Keys.parse(keys) if keys is not None else None
     )
     with socket.create_server((host, 0)) as listener:
         port = listener.getsockname()[1]
@@ -121,11 +125,14 @@ def serving(
                 assert thread.is_alive(), "the server did not start"
                 thread.join(0.01)
             scheme = "https" if ssl else "http"
-            yield Server(f"{scheme}://localhost:{port}", counting, home, port)
+            running = Server(f"{scheme}://localhost:{port}", counting, home, port)
+            with running.http:
+                yield running
         finally:
             counting.gate.set()
             server.should_exit = True
             thread.join()
+            aio.close()
 
 
 @pytest.fixture(scope="module")

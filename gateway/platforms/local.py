@@ -1,8 +1,7 @@
-"""The platform of one process: jobs in SQLite, the engine on a thread, files in a directory.
+"""The platform of one process: jobs in SQLite, files in a directory, the engine beside the event loop.
 
 Survives kill -9: a job is on disk before it is accepted, and one that was running goes back to the
-queue at the next start. The engine does one tensor operation at a time; a second thread lets the next
-request in while the last one's files are encoded, and PREPARING requests fetch and decode meanwhile.
+queue at the next start. PREPARING requests fetch and decode while the engine is busy with another.
 """
 
 from __future__ import annotations
@@ -10,9 +9,7 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import logging
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -21,17 +18,16 @@ from typing import IO
 from gateway.fetch import Fetcher
 from gateway.files import DirectoryFiles
 from gateway.jobs import Job, Outcome
-from gateway.perform import MAX_DECODES, OnProgress, Services, perform
+from gateway.perform import MAX_DECODES, GenerateAsync, Services, perform
 from gateway.platform import Platform, View
 from gateway.platforms.records import Records
 from gateway.settings import Settings
 from schemas.errors import Cancelled, internal_error
-from schemas.task import Generate, Progress, Result, Task
+from schemas.task import Progress
 
 PREPARING = 4
 """Requests in progress at a time, fetching or waiting for the engine."""
 
-ENGINE_THREADS = 2
 SWEEP_SECONDS = 60.0
 
 logger = logging.getLogger(__name__)
@@ -42,13 +38,15 @@ class HomeInUse(Exception):
 
 
 class LocalPlatform(Platform):
-    def __init__(self, settings: Settings, generate: Generate) -> None:
+    """Takes the home for itself. Raises HomeInUse if another process has it."""
+
+    _records: Records
+
+    def __init__(self, settings: Settings, generate: GenerateAsync) -> None:
         self._settings, self._generate = settings, generate
         settings.home.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(settings.home)
         self.files = DirectoryFiles(settings.home / "files")
-        self._records = Records(settings.home)
-        self._threads = ThreadPoolExecutor(ENGINE_THREADS, thread_name_prefix="engine")
         self._fetcher = Fetcher(settings.fetch_allow)
         self._queued = asyncio.Event()
         self._running: dict[str, _Run] = {}
@@ -56,8 +54,9 @@ class LocalPlatform(Platform):
         self._tasks: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> LocalPlatform:
+        self._records = Records(self._settings.home)
         services = Services(
-            self._on_thread,
+            self._generate,
             self.files,
             self._fetcher,
             self._settings.acceleration_default,
@@ -80,7 +79,6 @@ class LocalPlatform(Platform):
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._threads.shutdown()
         await self._fetcher.close()
         self._records.close()
         self._lock.close()
@@ -167,24 +165,6 @@ class LocalPlatform(Platform):
     def _announce(self, request_id: str) -> None:
         if event := self._finished.pop(request_id, None):
             event.set()
-
-    async def _on_thread(self, task: Task, on_progress: OnProgress) -> Result:
-        """Run the engine off the event loop. Cancelling this stops the engine between two steps."""
-        loop = asyncio.get_running_loop()
-        stop = threading.Event()
-
-        def report(progress: Progress) -> None:
-            loop.call_soon_threadsafe(on_progress, progress)
-
-        future = loop.run_in_executor(
-            self._threads, lambda: self._generate(task, report, stop.is_set)
-        )
-        try:
-            return await asyncio.shield(future)
-        except asyncio.CancelledError:
-            stop.set()
-            await asyncio.wait([future])
-            raise
 
     async def _housekeeping(self) -> None:
         while True:

@@ -11,7 +11,6 @@ import pytest
 import torch
 from diffusers import ZImageImg2ImgPipeline, ZImagePipeline
 from PIL import Image
-from tests.conftest import opened
 
 from inference import sampling
 from inference.engine import Engine
@@ -19,6 +18,7 @@ from inference.weights import DEMO_DIRECTORY
 from media.decode import to_picture
 from media.fit import fit
 from schemas.task import Progress, Result, Task, TaskCancelled
+from tests.conftest import opened
 
 
 @pytest.fixture
@@ -225,7 +225,7 @@ def test_threads_do_not_disturb_each_other(engine: Engine, task: Task) -> None:
 
 def test_timings_name_every_stage(engine: Engine, task: Task) -> None:
     timings = engine(task).timings
-    assert list(timings)[0] == "inference"
+    assert next(iter(timings)) == "inference"
     assert set(timings) == {
         "inference",
         "prompt_encode",

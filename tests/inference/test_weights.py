@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.conftest import ROOT
 
 from inference.engine import Engine
 from inference.weights import DEMO_DIRECTORY, HUB_ID, WeightsError, locate
+from tests.conftest import ROOT
 
 
 def test_demo_weights_come_along() -> None:

@@ -7,11 +7,11 @@ import io
 import numpy as np
 import pytest
 from PIL import Image, ImageCms
-from tests.conftest import encoded
 
 from media import decode as module
 from media.decode import decode, to_image
 from schemas.errors import InputError
+from tests.conftest import encoded
 
 
 def pixels(image: Image.Image) -> np.ndarray:

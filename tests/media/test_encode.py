@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 from PIL import Image
-from tests.conftest import opened
 
 from media.encode import CONTENT_TYPES, encode
 from schemas.task import Format
+from tests.conftest import opened
 
 
 @pytest.mark.parametrize("format", list(CONTENT_TYPES))

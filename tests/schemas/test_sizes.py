@@ -52,7 +52,7 @@ sides = st.integers(1, 8192)
 @given(sides, sides)
 def test_auto_size_keeps_aspect_and_limits(width: int, height: int) -> None:
     size = auto_size(Size(width, height))
-    assert 1 <= min(size) and max(size) <= MAX_SIDE
+    assert min(size) >= 1 and max(size) <= MAX_SIDE
     assert size.width * size.height <= MAX_PIXELS
     if max(size) < MAX_SIDE and min(size) > 16:
         assert size.width * size.height >= AUTO_MIN_PIXELS * 0.9

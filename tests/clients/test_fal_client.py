@@ -1,0 +1,158 @@
+"""fal's own Python client, unmodified, over TLS with a throw-away certificate authority."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trustme
+
+from inference.engine import Engine
+from tests.conftest import CAT, Server, serving
+
+KEY = "alice:a-secret-long-enough"
+
+PRELUDE = f"""
+import fal_client, json, sys
+CAT = fal_client.encode_file({str(CAT)!r})
+ID = "fal-ai/z-image/turbo/image-to-image"
+SMALL = {{"prompt": "x", "image_url": CAT, "image_size": {{"width": 64, "height": 48}}, "seed": 4}}
+"""
+
+
+@pytest.fixture(scope="module")
+def tls(tmp_path_factory: pytest.TempPathFactory, engine: Engine) -> Iterator[tuple[Server, Path]]:
+    folder = tmp_path_factory.mktemp("tls")
+    authority = trustme.CA()
+    certificate = authority.issue_cert("localhost")
+    authority.cert_pem.write_to_path(folder / "ca.pem")
+    certificate.private_key_and_cert_chain_pem.write_to_path(folder / "server.pem")
+    ssl = {"ssl_certfile": folder / "server.pem"}
+    with serving(folder / "home", engine, keys=KEY, ssl=ssl) as server:
+        yield server, folder / "ca.pem"
+
+
+def client(tls: tuple[Server, Path], program: str, key: str = KEY) -> Any:
+    """Run a program against the server as its user would; returns the JSON it prints last."""
+    server, authority = tls
+    environment = {
+        **os.environ,
+        "FAL_KEY": key,
+        "FAL_RUN_HOST": f"localhost:{server.port}",
+        "FAL_QUEUE_RUN_HOST": f"localhost:{server.port}/queue",
+        "SSL_CERT_FILE": str(authority),
+    }
+    finished = subprocess.run(
+        [sys.executable, "-c", PRELUDE + program],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert finished.returncode == 0, finished.stderr
+    return json.loads(finished.stdout.splitlines()[-1])
+
+
+def test_run(tls: tuple[Server, Path]) -> None:
+    output = client(tls, "print(json.dumps(fal_client.run(ID, arguments=SMALL)))")
+    assert output["seed"] == 4 and output["images"][0]["width"] == 64
+
+
+def test_subscribe_with_logs(tls: tuple[Server, Path]) -> None:
+    output = client(
+        tls,
+        """
+seen = []
+def update(status):
+    seen.append(type(status).__name__)
+    seen.extend(entry["message"] for entry in getattr(status, "logs", None) or [])
+result = fal_client.subscribe(
+    ID, arguments={**SMALL, "num_images": 2}, with_logs=True, on_queue_update=update)
+print(json.dumps([seen, result]))
+""",
+    )
+    seen, result = output
+    assert seen[0] in ("Queued", "InProgress") and "Completed" in seen
+    assert "image 2/2: step 5/5" in seen
+    assert len(result["images"]) == 2
+
+
+def test_submit_status_result(tls: tuple[Server, Path]) -> None:
+    output = client(
+        tls,
+        """
+handle = fal_client.submit(ID, arguments=SMALL)
+for event in handle.iter_events(with_logs=True, interval=0.02):
+    pass
+again = fal_client.result(ID, handle.request_id)
+print(json.dumps([handle.get() == again, type(handle.status()).__name__]))
+""",
+    )
+    assert output == [True, "Completed"]
+
+
+def test_a_422_shows_its_detail(tls: tuple[Server, Path]) -> None:
+    output = client(
+        tls,
+        """
+try:
+    fal_client.run(ID, arguments={**SMALL, "num_inference_steps": 50})
+except fal_client.FalClientHTTPError as error:
+    print(json.dumps([error.status_code, error.response.json()["detail"][0]["loc"], str(error)]))
+""",
+    )
+    status, loc, message = output
+    assert (status, loc) == (422, ["body", "num_inference_steps"])
+    assert "less than or equal to 8" in message
+
+
+def test_cancel(tls: tuple[Server, Path]) -> None:
+    output = client(
+        tls,
+        """
+big = {**SMALL, "image_size": "square", "num_images": 4}
+handle = fal_client.submit(ID, arguments=big)
+handle.cancel()
+for event in handle.iter_events(interval=0.02):
+    pass
+try:
+    handle.get()
+except fal_client.FalClientHTTPError as error:
+    print(json.dumps([error.status_code, error.error_type]))
+""",
+    )
+    assert output == [499, "client_cancelled"]
+
+
+def test_a_wrong_key(tls: tuple[Server, Path]) -> None:
+    output = client(
+        tls,
+        """
+try:
+    fal_client.run(ID, arguments=SMALL)
+except fal_client.FalClientHTTPError as error:
+    print(json.dumps([error.status_code, error.message]))
+""",
+        key="alice:not-the-secret-at-all",
+    )
+    assert output == [401, "No user found for Key ID and Secret"]
+
+
+def test_async_client(tls: tuple[Server, Path]) -> None:
+    output = client(
+        tls,
+        """
+import asyncio
+async def main():
+    return await asyncio.gather(*(
+        fal_client.subscribe_async(ID, arguments={**SMALL, "seed": seed}) for seed in range(3)))
+print(json.dumps([result["seed"] for result in asyncio.run(main())]))
+""",
+    )
+    assert output == [0, 1, 2]

@@ -1,0 +1,75 @@
+"""Every transition of a job's life, allowed and not."""
+
+import pytest
+
+from gateway.jobs import MAX_ATTEMPTS, IllegalTransition, Job, Outcome
+from schemas.errors import InputError, ServiceError
+
+DONE = Outcome(200, b"{}", units=1.0)
+
+
+def job() -> Job:
+    return Job("id", "fal-ai/z-image/turbo", "key", "http://host", created=1.0)
+
+
+def test_the_normal_life() -> None:
+    it = job()
+    assert it.status == "IN_QUEUE"
+    it.start(2.0)
+    assert (it.status, it.started, it.attempts) == ("IN_PROGRESS", 2.0, 1)
+    it.finish(DONE, 3.0)
+    assert (it.status, it.finished, it.outcome) == ("COMPLETED", 3.0, DONE)
+
+
+def test_an_interrupted_job_runs_again() -> None:
+    it = job()
+    it.start(2.0)
+    it.logs.append({"message": "half way"})
+    it.interrupt(3.0)
+    assert (it.status, it.started) == ("IN_QUEUE", None)
+    it.start(4.0)
+    assert (it.attempts, it.logs) == (2, [])
+
+
+def test_a_job_that_keeps_killing_its_worker_fails() -> None:
+    it = job()
+    for attempt in range(MAX_ATTEMPTS):
+        it.start(float(attempt))
+        it.interrupt(float(attempt))
+    assert it.status == "COMPLETED" and it.outcome is not None
+    assert (it.outcome.status, it.outcome.error_type) == (503, "runner_disconnected")
+
+
+def test_cancelled_in_the_queue() -> None:
+    it = job()
+    it.cancel(2.0)
+    assert it.status == "COMPLETED" and it.outcome is not None
+    assert (it.outcome.status, it.outcome.error_type) == (499, "client_cancelled")
+    assert it.outcome.units == 0
+
+
+@pytest.mark.parametrize("first", [[], ["start"], ["start", "finish"]])
+def test_everything_else_is_illegal(first: list[str]) -> None:
+    steps = {
+        "start": lambda it: it.start(2.0),
+        "finish": lambda it: it.finish(DONE, 3.0),
+        "interrupt": lambda it: it.interrupt(3.0),
+        "cancel": lambda it: it.cancel(3.0),
+    }
+    allowed = {(): {"start", "cancel"}, ("start",): {"finish", "interrupt"}}
+    for name, step in steps.items():
+        it = job()
+        for earlier in first:
+            steps[earlier](it)
+        if name in allowed.get(tuple(first), set()):
+            step(it)
+        else:
+            with pytest.raises(IllegalTransition):
+                step(it)
+
+
+def test_the_outcome_of_an_error_carries_its_type() -> None:
+    refused = Outcome.of_error(InputError(("body", "image_url"), "no", "image_load_error"))
+    assert (refused.status, refused.error_type, refused.units) == (422, "image_load_error", 0)
+    failed = Outcome.of_error(ServiceError(500, "oh", "internal_error"))
+    assert (failed.status, failed.error_type, failed.error) == (500, "internal_error", "oh")

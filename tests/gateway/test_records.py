@@ -1,0 +1,88 @@
+"""Records: order, spooled bodies, expiry; and the platform's housekeeping of files."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from pathlib import Path
+
+from gateway.files import DirectoryFiles
+from gateway.jobs import Job, Outcome
+from gateway.platforms.records import INLINE, UNKEPT_SECONDS, Records
+
+LONG = b"x" * (INLINE + 1)
+
+
+def job(name: str) -> Job:
+    return Job(name, "fal-ai/z-image/turbo", "key", "http://host", created=time.time())
+
+
+def test_jobs_start_in_the_order_they_came(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        records = Records(tmp_path)
+        for name in "abc":
+            await records.insert(job(name), b"{}")
+        assert [records.position(name) for name in "abc"] == [0, 1, 2]
+        first = records.claim(1.0)
+        assert first is not None and first.request_id == "a"
+        assert [records.position(name) for name in "bc"] == [0, 1]
+        records.requeue_interrupted(2.0)
+        again = records.claim(3.0)
+        assert again is not None and (again.request_id, again.attempts) == ("a", 2)
+        records.close()
+
+    asyncio.run(scenario())
+
+
+def test_bodies_of_any_size_come_back_and_go(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        records = Records(tmp_path)
+        for name, body in (("small", b"{}"), ("large", LONG)):
+            await records.insert(job(name), body)
+            assert await records.body(name) == body
+            claimed = records.claim(time.time())
+            assert claimed is not None
+            await records.finish(claimed, Outcome(200, body, 0.5), time.time())
+            outcome = await records.outcome(name)
+            assert outcome is not None and (outcome.body, outcome.units) == (body, 0.5)
+        assert [path.name for path in (tmp_path / "bodies").iterdir()] == ["large.output"]
+        records.close()
+
+    asyncio.run(scenario())
+
+
+def test_finished_jobs_are_forgotten_when_due(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        records = Records(tmp_path)
+        now = time.time()
+        ages = {"old": 101.0, "young": 50.0, "unkept": UNKEPT_SECONDS + 1, "recent unkept": 50.0}
+        for name, age in ages.items():
+            await records.insert(job(name), LONG)
+            claimed = records.claim(now)
+            assert claimed is not None
+            outcome = Outcome(200, LONG, kept="unkept" not in name)
+            await records.finish(claimed, outcome, now - age)
+        await records.insert(job("waiting"), b"{}")
+        assert records.sweep(10 * UNKEPT_SECONDS) == 1
+        assert records.get("unkept") is None
+        assert records.sweep(100) == 1
+        assert {name for name in ages if records.get(name)} == {"young", "recent unkept"}
+        assert records.get("waiting") is not None
+        left = {path.name for path in (tmp_path / "bodies").iterdir()}
+        assert left == {"young.output", "recent unkept.output"}
+        records.close()
+
+    asyncio.run(scenario())
+
+
+def test_files_are_deleted_when_due(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        files = DirectoryFiles(tmp_path)
+        old, young = [await files.put(b"data", "png") for _ in range(2)]
+        os.utime(tmp_path / old, (time.time() - 101, time.time() - 101))
+        assert files.sweep(100) == 1
+        assert await files.get(old) is None
+        assert await files.get(young) == b"data"
+
+    asyncio.run(scenario())
