@@ -133,7 +133,7 @@ def serve(
     import uvicorn
 
     from gateway.app import create_app
-    from gateway.auth import Keys
+    from gateway.auth import keys_for
     from gateway.platforms.local import HomeInUse, LocalPlatform
     from inference.aio import AsyncEngine
 
@@ -141,16 +141,10 @@ def serve(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     settings = _settings(home=home)
-    auth = settings.auth or ("off" if _is_loopback(host) else "on")
     try:
-        keys = Keys.parse(settings.keys.get_secret_value())
+        keys = keys_for(settings, default="off" if _is_loopback(host) else "on")
     except ValueError as error:
         _fail(str(error))
-    if auth == "on" and not keys:
-        _fail(
-            f"Serving on {host} needs keys: set ZIMAGE_KEYS=id:secret[,id:secret…], "
-            "or ZIMAGE_AUTH=off to let everyone in"
-        )
     engine = _load(settings)
     try:
         platform = LocalPlatform(settings, AsyncEngine(engine))
@@ -159,11 +153,12 @@ def serve(
     scheme = "https" if tls_cert else "http"
     console.print(
         f"zimage on [bold]{scheme}://{host}:{port}[/] · weights {settings.weights} "
-        f"({engine.weights.revision}) on {engine.device} · keys {auth} · docs at /docs",
+        f"({engine.weights.revision}) on {engine.device} · "
+        f"keys {'off' if keys is None else 'on'} · docs at /docs",
         highlight=False,
     )
     uvicorn.run(
-        create_app(settings, platform, keys if auth == "on" else None),
+        create_app(settings, platform, keys),
         host=host,
         port=port,
         ssl_certfile=tls_cert,

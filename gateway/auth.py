@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+from typing import Literal
 
+from gateway.settings import Settings
 from schemas.errors import ApiError
 
 ANONYMOUS = "anonymous"
@@ -65,6 +67,22 @@ class Keys:
         if not hmac.compare_digest(_digest(secret), expected):
             raise Unauthorized("No user found for Key ID and Secret")
         return key_id
+
+
+def keys_for(settings: Settings, *, default: Literal["on", "off"]) -> Keys | None:
+    """The keys to check, or None when authentication is off.
+
+    Raises ValueError when it is on and there are no keys: nothing runs open by accident.
+    """
+    keys = Keys.parse(settings.keys.get_secret_value())
+    if (settings.auth or default) == "off":
+        return None
+    if not keys:
+        raise ValueError(
+            "No keys to check requests with: set ZIMAGE_KEYS=id:secret[,id:secret…], "
+            "or ZIMAGE_AUTH=off to let everyone in"
+        )
+    return keys
 
 
 def _digest(secret: str) -> bytes:

@@ -67,10 +67,45 @@ class Settings(BaseSettings):
         return value.rstrip("/") if value else value
 
 
-def describe() -> str:
+class Deployment(BaseSettings):
+    """What `modal deploy` reads besides: the machines. Same prefix, same place in the README."""
+
+    model_config = SettingsConfigDict(env_prefix="ZIMAGE_")
+
+    weights: str = Field(
+        "Tongyi-MAI/Z-Image-Turbo", description="Hub id[@revision]; pin the revision."
+    )
+    gpu: Annotated[tuple[str, ...], NoDecode] = Field(
+        ("H100", "H200", "A100-80GB"), description="GPU types in order of preference."
+    )
+    snapshot: Literal["gpu", "cpu", "off"] = Field(
+        "cpu", description="Container snapshot: gpu (alpha at Modal), cpu or off."
+    )
+    min_containers: int = Field(0, ge=0, description="GPU containers kept although idle.")
+    buffer_containers: int = Field(0, ge=0, description="Spare GPU containers while any is busy.")
+    max_containers: int = Field(10, ge=1, description="GPU containers at most.")
+    scaledown_window: int = Field(
+        60, ge=2, le=3600, description="Seconds an idle GPU container is kept."
+    )
+    warm_up: str = Field("1024x1024", description="Sizes warmed up, WIDTHxHEIGHT[,…].")
+
+    @field_validator("gpu", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        if isinstance(value, str):
+            return tuple(part.strip() for part in value.split(",") if part.strip())
+        return value
+
+    @property
+    def warm_up_sizes(self) -> list[tuple[int, int]]:
+        pairs = (part.lower().split("x") for part in self.warm_up.split(",") if part.strip())
+        return [(int(width), int(height)) for width, height in pairs]
+
+
+def describe(settings: type[BaseSettings] = Settings) -> str:
     """All settings as text, for `--help` and the README."""
     lines = ["Settings from the environment:"]
-    for name, field in Settings.model_fields.items():
+    for name, field in settings.model_fields.items():
         default = field.default
         shown = "" if default in (None, ()) or isinstance(default, SecretStr) else f" [{default}]"
         lines.append(f"- `ZIMAGE_{name.upper()}`{shown}: {field.description}")

@@ -46,7 +46,8 @@ class Engine:
         self.scheduler = components["scheduler"]
         self.weights = weights
         self.device = torch.device(self.transformer.device)
-        self._encode_prompt = PromptEncoder(components["tokenizer"], components["text_encoder"])
+        self._text_encoder = components["text_encoder"]
+        self._encode_prompt = PromptEncoder(components["tokenizer"], self._text_encoder)
         self._safety = safety
         self._tensors = threading.Lock()
         self._finishers = ThreadPoolExecutor(2, thread_name_prefix="finish")
@@ -86,6 +87,14 @@ class Engine:
             *(spec, weights.revision, device, dtype, time.perf_counter() - started),
         )
         return engine
+
+    def to(self, device: str) -> None:
+        """Move all weights to another device."""
+        with self._tensors:
+            for model in (self.transformer, self.vae, self._text_encoder):
+                model.to(device)
+            self._encode_prompt.forget()
+            self.device = torch.device(device)
 
     def warm_up(self, width: int, height: int) -> None:
         """Run one step at a size, so that the first request there pays for nothing but itself."""

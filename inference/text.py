@@ -34,6 +34,10 @@ class PromptEncoder:
             self._cache.popitem(last=False)
         return embeds
 
+    def forget(self) -> None:
+        """Empty the cache, because weights or device have changed."""
+        self._cache.clear()
+
     def _encode(self, prompt: str) -> torch.Tensor:
         text = self._tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}],

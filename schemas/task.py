@@ -67,6 +67,13 @@ class Result:
 
 
 @dataclass(frozen=True, slots=True)
+class Failure:
+    """What an engine in another process answers instead of raising: exceptions do not travel well."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Progress:
     """Step `step` of `steps` of picture `image` of `images` is done (all counted from 1)."""
 

@@ -74,8 +74,8 @@ def test_mistakes_are_explained(
 @pytest.mark.parametrize(
     ("arguments", "environment", "message"),
     [
-        (["--host", "0.0.0.0"], {}, "needs keys: set ZIMAGE_KEYS"),
-        ([], {"ZIMAGE_AUTH": "on"}, "needs keys"),
+        (["--host", "0.0.0.0"], {}, "No keys to check requests with: set ZIMAGE_KEYS"),
+        ([], {"ZIMAGE_AUTH": "on"}, "No keys to check"),
         ([], {"ZIMAGE_KEYS": "broken"}, "not of the form id:secret"),
         ([], {"ZIMAGE_FETCH_ALLOW": "everything"}, "ZIMAGE_FETCH_ALLOW"),
         ([], {"ZIMAGE_ACCELERATION_DEFAULT": "warp"}, "ZIMAGE_ACCELERATION_DEFAULT"),

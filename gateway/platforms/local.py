@@ -10,7 +10,6 @@ import asyncio
 import fcntl
 import logging
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -18,6 +17,7 @@ from typing import IO
 from gateway.fetch import Fetcher
 from gateway.files import DirectoryFiles
 from gateway.jobs import Job, Outcome
+from gateway.logs import log_entry, progress_message
 from gateway.perform import MAX_DECODES, GenerateAsync, Services, perform
 from gateway.platform import Platform, View
 from gateway.platforms.records import Records
@@ -186,18 +186,10 @@ class _Run:
 
     def on_progress(self, progress: Progress) -> None:
         self.progress = progress
-        self.log(f"image {progress.image}/{progress.images}: step {progress.step}/{progress.steps}")
+        self.log(progress_message(progress))
 
     def log(self, message: str) -> None:
-        self.job.logs.append(
-            {
-                "message": message,
-                "level": "INFO",
-                "source": "USER",
-                "timestamp": datetime.now(UTC).isoformat(),
-                "labels": {},
-            }
-        )
+        self.job.logs.append(log_entry(message))
 
 
 def _lock(home: Path) -> IO[str]:

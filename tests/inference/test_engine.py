@@ -151,7 +151,7 @@ def test_promise_5_flagged_pictures_are_black(engine: Engine, task: Task) -> Non
             "vae": engine.vae,
             "scheduler": engine.scheduler,
             "tokenizer": engine._encode_prompt._tokenizer,
-            "text_encoder": engine._encode_prompt._text_encoder,
+            "text_encoder": engine._text_encoder,
         },
         OpenNSFW(threshold=1e-6),
         engine.weights,
@@ -194,9 +194,7 @@ def test_prompt_and_picture_are_encoded_once(engine: Engine, task: Task) -> None
     calls: list[str] = []
     hooks = [
         engine.vae.encoder.register_forward_hook(lambda *_: calls.append("picture")),
-        engine._encode_prompt._text_encoder.register_forward_hook(
-            lambda *_: calls.append("prompt")
-        ),
+        engine._text_encoder.register_forward_hook(lambda *_: calls.append("prompt")),
     ]
     try:
         engine(change(task, prompt="never said before", num_images=3))

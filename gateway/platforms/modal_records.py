@@ -1,0 +1,106 @@
+"""Jobs in a `modal.Dict`: one entry per fact, each written once, so that retries change nothing.
+
+    (id, "job")       the job as accepted
+    (id, "call")      Modal's id of the function call that performs it
+    (id, "started")   time of its latest start
+    (id, "progress")  the only entry that is overwritten
+    (id, "outcome")   outcome without body, and logs: the first writer wins
+
+Entries live seven days from their last use. Imports nothing of the gateway's but plain data, so that
+the GPU container, which reports progress, needs none of its libraries.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from typing import Any
+
+import modal
+
+from gateway.jobs import Job, Outcome
+from schemas.task import Progress
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Finished:
+    """The end of a job, as recorded; `outcome.body` is kept elsewhere."""
+
+    outcome: Outcome
+    at: float
+    logs: list[dict[str, object]]
+
+
+class ModalRecords:
+    def __init__(self, entries: modal.Dict) -> None:
+        self._entries = entries
+
+    async def insert(self, job: Job) -> None:
+        await self._put(job.request_id, "job", job)
+
+    async def set_call(self, request_id: str, call_id: str) -> None:
+        await self._put(request_id, "call", call_id)
+
+    async def call_id(self, request_id: str) -> str | None:
+        value: str | None = await self._get(request_id, "call")
+        return value
+
+    async def set_started(self, request_id: str, now: float) -> None:
+        await self._put(request_id, "started", now)
+
+    async def set_progress(self, request_id: str, progress: Progress) -> None:
+        await self._put(request_id, "progress", progress)
+
+    async def finish(self, request_id: str, finished: Finished) -> bool:
+        """Record the end; False if another end was recorded before."""
+        bare = dataclasses.replace(finished.outcome, body=b"")
+        entry = dataclasses.replace(finished, outcome=bare)
+        return bool(
+            await self._entries.put.aio((request_id, "outcome"), entry, skip_if_exists=True)
+        )
+
+    async def finished(self, request_id: str) -> Finished | None:
+        value: Finished | None = await self._get(request_id, "outcome")
+        return value
+
+    async def load(self, request_id: str) -> tuple[Job, Progress | None] | None:
+        """The job in its present state, without the outcome's body."""
+        job, started, progress, finished = await asyncio.gather(
+            *(self._get(request_id, name) for name in ("job", "started", "progress", "outcome"))
+        )
+        if job is None:
+            return None
+        if finished is not None:
+            return dataclasses.replace(
+                job,
+                status="COMPLETED",
+                started=started,
+                finished=finished.at,
+                outcome=finished.outcome,
+                logs=finished.logs,
+            ), None
+        if started is not None:
+            return dataclasses.replace(job, status="IN_PROGRESS", started=started), progress
+        return job, None
+
+    async def _get(self, request_id: str, name: str) -> Any:
+        return await self._entries.get.aio((request_id, name))
+
+    async def _put(self, request_id: str, name: str, value: object) -> None:
+        await self._entries.put.aio((request_id, name), value)
+
+
+class ProgressReporter:
+    """Writes the latest progress to the records without holding up the engine.
+
+    At most one write is under way; steps that pass meanwhile are skipped.
+    """
+
+    def __init__(self, records: ModalRecords, request_id: str) -> None:
+        self._records, self._request_id = records, request_id
+        self._writing: asyncio.Task[None] | None = None
+
+    def __call__(self, progress: Progress) -> None:
+        if self._writing is None or self._writing.done():
+            write = self._records.set_progress(self._request_id, progress)
+            self._writing = asyncio.create_task(write)
