@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
-from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 
-from gateway.settings import Settings, describe
+from gateway.settings import Settings, SettingsError, describe, read
 from schemas.task import Acceleration, Format
 
 if TYPE_CHECKING:
@@ -296,13 +295,9 @@ def _load(settings: Settings) -> Engine:
 def _settings(**overrides: object) -> Settings:
     """Settings from the environment; command-line options win."""
     try:
-        return Settings(**{name: v for name, v in overrides.items() if v is not None})  # type: ignore[arg-type]
-    except ValidationError as error:
-        problems = (
-            f"ZIMAGE_{'.'.join(map(str, item['loc'])).upper()}: {item['msg']}"
-            for item in error.errors()
-        )
-        _fail("; ".join(problems))
+        return read(Settings, **overrides)
+    except SettingsError as error:
+        _fail(str(error))
 
 
 def _image_url(image: str) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import modal
 
-from gateway.settings import Deployment
+from gateway.settings import Deployment, read
 from schemas.task import Failure
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ MINUTES = 60
 PYTHON = "3.12"
 WEIGHTS_DIR, CACHE_DIR = "/weights", "/cache"
 
-deployment = Deployment()
+deployment = read(Deployment)
 app = modal.App("zimage")
 
 # ## Images
@@ -74,7 +74,6 @@ gpu_image = (
         settings
         | {
             "HF_HUB_CACHE": WEIGHTS_DIR,
-            "HF_HUB_OFFLINE": "1",
             "TORCHINDUCTOR_CACHE_DIR": f"{CACHE_DIR}/inductor",
             "TRITON_CACHE_DIR": f"{CACHE_DIR}/triton",
             "TORCHINDUCTOR_COMPILE_THREADS": "1",  # compile workers do not survive a snapshot
@@ -114,7 +113,7 @@ keys = modal.Secret.from_name("zimage-keys", required_keys=["ZIMAGE_KEYS"])
     startup_timeout=20 * MINUTES,
     retries=modal.Retries(max_retries=2, initial_delay=1.0),
     enable_memory_snapshot=deployment.snapshot != "off",
-    experimental_options={"enable_gpu_snapshot": deployment.snapshot == "gpu"},
+    experimental_options={"enable_gpu_snapshot": True} if deployment.snapshot == "gpu" else {},
 )
 @modal.concurrent(max_inputs=2)
 class Turbo:
@@ -205,11 +204,7 @@ async def sweep() -> None:
     print("deleted", await VolumeFiles(files).sweep(Settings().retention), "files")
 
 
-@app.function(
-    image=gpu_image.env({"HF_HUB_OFFLINE": "0"}),
-    volumes={WEIGHTS_DIR: weights},
-    timeout=60 * MINUTES,
-)
+@app.function(image=gpu_image, volumes={WEIGHTS_DIR: weights}, timeout=60 * MINUTES)
 def fetch_weights(spec: str = deployment.weights) -> None:
     """Once, before the first deploy: `modal run modal_app.py::fetch_weights`."""
     from inference.weights import fetch

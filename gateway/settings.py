@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from ipaddress import ip_network
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from gateway.addresses import Network
@@ -87,7 +87,11 @@ class Deployment(BaseSettings):
     scaledown_window: int = Field(
         60, ge=2, le=3600, description="Seconds an idle GPU container is kept."
     )
-    warm_up: str = Field("1024x1024", description="Sizes warmed up, WIDTHxHEIGHT[,…].")
+    warm_up: str = Field(
+        "1024x1024",
+        pattern=r"^\d+x\d+(,\d+x\d+)*$",
+        description="Sizes warmed up, WIDTHxHEIGHT[,…].",
+    )
 
     @field_validator("gpu", mode="before")
     @classmethod
@@ -98,8 +102,28 @@ class Deployment(BaseSettings):
 
     @property
     def warm_up_sizes(self) -> list[tuple[int, int]]:
-        pairs = (part.lower().split("x") for part in self.warm_up.split(",") if part.strip())
+        pairs = (part.split("x") for part in self.warm_up.split(","))
         return [(int(width), int(height)) for width, height in pairs]
+
+
+class SettingsError(ValueError):
+    """A setting has a value it cannot have; the message names the environment variable."""
+
+
+S = TypeVar("S", bound=BaseSettings)
+
+
+def read(settings: type[S], **overrides: object) -> S:
+    """Settings from the environment, where `overrides` that are not None win. Raises SettingsError."""
+    try:
+        given: dict[str, Any] = {k: v for k, v in overrides.items() if v is not None}
+        return settings(**given)
+    except ValidationError as error:
+        problems = (
+            f"ZIMAGE_{'.'.join(map(str, item['loc'])).upper()}: {item['msg']}"
+            for item in error.errors()
+        )
+        raise SettingsError("; ".join(problems)) from None
 
 
 def describe(settings: type[BaseSettings] = Settings) -> str:

@@ -1,0 +1,186 @@
+"""A small Modal control plane on loopback, speaking the client's own gRPC.
+
+It accepts a deploy and remembers what was asked for. Everything the client needs to go on is answered
+as the real one would; what no test needs is UNIMPLEMENTED, by name, so that a gap is a loud one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import modal  # noqa: F401  (modal_proto must not be imported first)
+from google.protobuf.empty_pb2 import Empty
+from grpclib import GRPCError
+from grpclib.const import Status
+from grpclib.server import Server, Stream
+from modal_proto import api_pb2 as api
+from modal_proto.api_grpc import ModalClientBase
+
+
+class Plane:
+    """The handlers, and a record of what came: `functions` by name, `classes`, `volumes`, …"""
+
+    def __init__(self) -> None:
+        self.functions: dict[str, api.Function | api.FunctionData] = {}
+        self.classes: list[str] = []
+        self.secrets: dict[str, list[str]] = {}
+        self.volumes: dict[str, int] = {}
+        self.dicts: list[str] = []
+        self.images: dict[str, api.Image] = {}
+        self.published = False
+        self._ids = 0
+
+    def new_id(self, prefix: str) -> str:
+        self._ids += 1
+        return f"{prefix}-{self._ids}"
+
+    async def ClientHello(self, request: Any) -> Any:
+        return api.ClientHelloResponse()
+
+    async def AppGetByDeploymentName(self, request: Any) -> Any:
+        return api.AppGetByDeploymentNameResponse()
+
+    async def AppCreate(self, request: Any) -> Any:
+        return api.AppCreateResponse(app_id="ap-1", app_page_url="http://app")
+
+    async def AppGetOrCreate(self, request: Any) -> Any:
+        return api.AppGetOrCreateResponse(app_id="ap-1")
+
+    async def AppHeartbeat(self, request: Any) -> Any:
+        return Empty()
+
+    async def AppClientDisconnect(self, request: Any) -> Any:
+        return Empty()
+
+    async def EnvironmentGetOrCreate(self, request: Any) -> Any:
+        settings = api.EnvironmentSettings(image_builder_version="2025.06")
+        metadata = api.EnvironmentMetadata(name="main", settings=settings)
+        return api.EnvironmentGetOrCreateResponse(environment_id="en-1", metadata=metadata)
+
+    async def SecretGetOrCreate(self, request: Any) -> Any:
+        self.secrets[request.deployment_name] = list(request.required_keys)
+        return api.SecretGetOrCreateResponse(secret_id=self.new_id("st"))
+
+    async def VolumeGetOrCreate(self, request: Any) -> Any:
+        self.volumes[request.deployment_name] = request.version
+        return api.VolumeGetOrCreateResponse(volume_id=f"vo-{request.deployment_name}")
+
+    async def DictGetOrCreate(self, request: Any) -> Any:
+        self.dicts.append(request.deployment_name)
+        return api.DictGetOrCreateResponse(dict_id=f"di-{request.deployment_name}")
+
+    async def MountGetOrCreate(self, request: Any) -> Any:
+        metadata = api.MountHandleMetadata(content_checksum_sha256_hex="0" * 64)
+        return api.MountGetOrCreateResponse(mount_id=self.new_id("mo"), handle_metadata=metadata)
+
+    async def MountBatchedCheckExistence(self, request: Any) -> Any:
+        return api.MountBatchedCheckExistenceResponse()
+
+    async def MountPutFile(self, request: Any) -> Any:
+        return api.MountPutFileResponse(exists=True)
+
+    async def ImageGetOrCreate(self, request: Any) -> Any:
+        image_id = self.new_id("im")
+        self.images[image_id] = request.image
+        result = api.GenericResult(status=api.GenericResult.GENERIC_STATUS_SUCCESS)
+        return api.ImageGetOrCreateResponse(image_id=image_id, result=result)
+
+    async def FunctionPrecreate(self, request: Any) -> Any:
+        return api.FunctionPrecreateResponse(
+            function_id=f"fu-{request.function_name}", handle_metadata=self._metadata(request)
+        )
+
+    async def FunctionCreate(self, request: Any) -> Any:
+        # A choice of GPUs comes as function_data, everything else as function.
+        ranked = bool(request.function_data.function_name)
+        definition = request.function_data if ranked else request.function
+        name = definition.function_name
+        self.functions[name] = definition
+        data = api.FunctionData()
+        data.CopyFrom(request.function_data)
+        if not data.ranked_functions:
+            data.ranked_functions.add()
+        return api.FunctionCreateResponse(
+            function_id=f"fu-{name}",
+            function=request.function,
+            function_data=data,
+            handle_metadata=self._metadata(definition),
+        )
+
+    def _metadata(self, function: Any) -> Any:
+        metadata = api.FunctionHandleMetadata(
+            function_name=function.function_name, function_type=function.function_type
+        )
+        if function.webhook_config.type:
+            metadata.web_url = "http://zimage.example"
+        for name, definition in function.method_definitions.items():
+            metadata.method_handle_metadata[name].CopyFrom(
+                api.FunctionHandleMetadata(
+                    function_name=definition.function_name,
+                    function_type=definition.function_type,
+                    use_method_name=name,
+                )
+            )
+        return metadata
+
+    async def ClassCreate(self, request: Any) -> Any:
+        self.classes.append(request.app_id)
+        return api.ClassCreateResponse(class_id=self.new_id("cs"))
+
+    async def AppPublish(self, request: Any) -> Any:
+        self.published = True
+        return api.AppPublishResponse(url="http://app", deployed_at=1.0)
+
+
+@contextmanager
+def control_plane() -> Iterator[tuple[Plane, str]]:
+    """A running plane and its URL. Serves from a thread until the block ends."""
+    plane, loop = Plane(), asyncio.new_event_loop()
+    started, stop = threading.Event(), asyncio.Event()
+    port = 0
+
+    async def serve() -> None:
+        nonlocal port
+        server = Server([_service(plane)])
+        await server.start("127.0.0.1", 0)
+        port = server._server.sockets[0].getsockname()[1]  # type: ignore[union-attr]
+        started.set()
+        await stop.wait()
+        server.close()
+        await server.wait_closed()
+
+    def run() -> None:
+        asyncio.set_event_loop(loop)
+        loop.run_until_complete(serve())
+        loop.close()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    started.wait()
+    try:
+        yield plane, f"http://127.0.0.1:{port}"
+    finally:
+        loop.call_soon_threadsafe(stop.set)
+        thread.join()
+
+
+def _service(plane: Plane) -> Any:
+    """ModalClientBase with our handlers, everything else refused by name."""
+
+    def handler(name: str) -> Any:
+        answer = getattr(plane, name, None)
+
+        async def handle(self: Any, stream: Stream[Any, Any]) -> None:
+            request = await stream.recv_message()
+            if answer is None:
+                raise GRPCError(Status.UNIMPLEMENTED, f"the test's control plane has no {name}")
+            await stream.send_message(await answer(request))
+
+        return handle
+
+    names = ModalClientBase.__abstractmethods__
+    return type("Service", (ModalClientBase,), {name: handler(name) for name in names})()
