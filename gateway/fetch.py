@@ -32,6 +32,8 @@ MAX_REDIRECTS = 5
 PORTS = (80, 443)
 _REFUSED_SUFFIXES = (".internal", ".local", ".localhost", ".localdomain", ".arpa")
 MAX_URL = 8192
+_SMALL_URI = 256 * 1024
+"""Characters decoded in less time than a thread takes to start."""
 _HEADERS: dict[bytes | str, bytes | str] = {
     "User-Agent": "zimage-endpoint (image fetcher)",
     "Accept": "image/*,*/*;q=0.8",
@@ -125,6 +127,8 @@ class Fetcher:
         image_load_error for a data URI that is not one.
         """
         if url[:5].lower() == "data:":
+            if len(url) < _SMALL_URI:
+                return from_data_uri(url, loc)
             return await asyncio.to_thread(from_data_uri, url, loc)
         try:
             async with asyncio.timeout(self._seconds):

@@ -44,7 +44,8 @@ def decode(data: bytes, loc: Loc = ("body", "image_url")) -> Picture:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_size(image.size, loc)
             image.load()
-            return to_picture(_to_rgb(ImageOps.exif_transpose(image)))
+            ImageOps.exif_transpose(image, in_place=True)
+            return to_picture(_to_rgb(image))
     except UnidentifiedImageError:
         raise InputError(
             loc,
@@ -89,7 +90,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGBA":
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _to_srgb(image: Image.Image) -> Image.Image:

@@ -21,8 +21,10 @@ def fit(picture: Picture, width: int, height: int) -> Picture:
     full_width, full_height = generation_size(width, height)
     if (full_width, full_height) == (width, height):
         return to_picture(covered)
-    padding = ((0, full_height - height), (0, full_width - width), (0, 0))
-    padded = np.pad(np.asarray(covered), padding, mode="edge")
+    padded = np.empty((full_height, full_width, 3), np.uint8)
+    padded[:height, :width] = np.asarray(covered)
+    padded[:height, width:] = padded[:height, width - 1 : width]
+    padded[height:] = padded[height - 1]
     return Picture(full_width, full_height, padded.tobytes())
 
 

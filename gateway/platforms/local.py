@@ -48,9 +48,9 @@ class LocalPlatform(Platform):
         self._lock = _lock(settings.home)
         self.files = DirectoryFiles(settings.home / "files")
         self._fetcher = Fetcher(settings.fetch_allow)
-        self._queued = asyncio.Event()
+        self._queued = asyncio.Semaphore(0)
         self._running: dict[str, _Run] = {}
-        self._finished: dict[str, asyncio.Event] = {}
+        self._awaited: dict[str, asyncio.Future[Outcome]] = {}
         self._tasks: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> LocalPlatform:
@@ -64,7 +64,8 @@ class LocalPlatform(Platform):
         )
         for job in self._records.requeue_interrupted(time.time()):
             logger.warning("request %s was interrupted, now %s", job.request_id, job.status)
-        self._queued.set()
+        for _ in range(self._records.queued()):
+            self._queued.release()
         self._tasks = [asyncio.create_task(self._work(services)) for _ in range(PREPARING)]
         self._tasks.append(asyncio.create_task(self._housekeeping()))
         return self
@@ -85,7 +86,7 @@ class LocalPlatform(Platform):
 
     async def submit(self, job: Job, body: bytes) -> None:
         await self._records.insert(job, body)
-        self._queued.set()
+        self._queued.release()
 
     async def view(self, request_id: str) -> View | None:
         job = self._records.get(request_id)
@@ -103,15 +104,17 @@ class LocalPlatform(Platform):
     async def wait(self, request_id: str) -> Outcome:
         job = self._records.get(request_id)
         if job is not None and job.status != "COMPLETED":
-            await self._finished.setdefault(request_id, asyncio.Event()).wait()
+            end = self._awaited.setdefault(request_id, asyncio.get_running_loop().create_future())
+            return await asyncio.shield(end)
         outcome = await self._records.outcome(request_id)
         if outcome is None:
             raise LookupError(f"no request {request_id}")
         return outcome
 
     async def cancel(self, request_id: str) -> bool:
-        if self._records.cancel_queued(request_id, time.time()):
-            self._announce(request_id)
+        if job := self._records.cancel_queued(request_id, time.time()):
+            assert job.outcome is not None
+            self._announce(request_id, job.outcome)
             return True
         run = self._running.get(request_id)
         if run is None or run.finishing:
@@ -125,10 +128,9 @@ class LocalPlatform(Platform):
 
     async def _work(self, services: Services) -> None:
         while True:
+            await self._queued.acquire()
             job = self._records.claim(time.time())
-            if job is None:
-                self._queued.clear()
-                await self._queued.wait()
+            if job is None:  # cancelled while it waited
                 continue
             run = _Run(job)
             self._running[job.request_id] = run
@@ -160,11 +162,11 @@ class LocalPlatform(Platform):
             outcome = Outcome.of_error(internal_error())
         run.finishing = True
         await self._records.finish(job, outcome, time.time())
-        self._announce(job.request_id)
+        self._announce(job.request_id, outcome)
 
-    def _announce(self, request_id: str) -> None:
-        if event := self._finished.pop(request_id, None):
-            event.set()
+    def _announce(self, request_id: str, outcome: Outcome) -> None:
+        if end := self._awaited.pop(request_id, None):
+            end.set_result(outcome)
 
     async def _housekeeping(self) -> None:
         while True:

@@ -148,6 +148,11 @@ class Records:
             body = await asyncio.to_thread(self._path(request_id, "output").read_bytes)
         return _outcome(row, bytes(body))
 
+    def queued(self) -> int:
+        """How many jobs wait to be started."""
+        (count,) = self._db.execute("SELECT COUNT(*) FROM jobs WHERE status='IN_QUEUE'").fetchone()
+        return int(count)
+
     def position(self, request_id: str) -> int:
         """How many queued jobs are ahead."""
         (count,) = self._db.execute(

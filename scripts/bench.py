@@ -1,0 +1,315 @@
+"""Measurements, side by side in one run: ratios mean something, seconds depend on the machine.
+
+    python scripts/bench.py [engine] [gateway] [encode] [--json FILE]
+
+engine   our engine against a bare diffusers script on the same demo weights, in the same dtype
+gateway  what the service adds to an engine that takes no time, and how status answers under load
+encode   file formats at a megapixel, ours against Pillow's defaults
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import io
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).parent.parent
+CAT = ROOT / "examples" / "cat.jpg"
+Row = dict[str, Any]
+
+console = Console()
+
+
+def alternate(
+    functions: dict[str, Callable[[int], object]], rounds: int, warm_up: int = 2
+) -> dict[str, float]:
+    """Median seconds of each function; they take turns, so that the machine's moods hit all alike.
+
+    Each is called with the number of the round, to vary its input.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for number in range(-warm_up, rounds):
+        for name, function in functions.items():
+            started = time.perf_counter()
+            function(number)
+            if number >= 0:
+                seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def engine(rounds: int = 15) -> list[Row]:
+    import torch
+    from diffusers import ZImageImg2ImgPipeline
+
+    from inference.engine import Engine
+    from inference.weights import locate
+    from media.decode import to_picture
+    from media.fit import fit
+    from schemas.task import Task
+
+    ours = Engine.load("demo", device="cpu")
+    dtype = ours.transformer.dtype
+    bare = ZImageImg2ImgPipeline.from_pretrained(locate("demo").path, dtype=dtype)
+    bare.set_progress_bar_config(disable=True)
+
+    def run_ours(side: int, n: int, prompt: str, k: int) -> None:
+        ours(Task(prompt.format(k), side, side, 8, 0.6, 7, n, pictures[side], safety=False))
+
+    def run_bare(side: int, n: int, prompt: str, k: int) -> None:
+        images = bare(
+            prompt.format(k),
+            image=photos[side],
+            width=side,
+            height=side,
+            strength=0.6,
+            num_inference_steps=8,
+            guidance_scale=0.0,
+            num_images_per_prompt=n,
+            generator=torch.Generator().manual_seed(7),
+        ).images
+        for image in images:
+            image.save(io.BytesIO(), "PNG", compress_level=1)
+
+    photos = {side: Image.open(CAT).convert("RGB").resize((side, side)) for side in (256, 512)}
+    pictures = {side: fit(to_picture(photo), side, side) for side, photo in photos.items()}
+    rows = []
+    for side in photos:
+        for name, n, prompt in (
+            ("1 picture", 1, "a cat, number {}"),
+            ("4 pictures", 4, "a cat, number {}"),
+            ("repeated prompt", 1, "the same cat"),
+        ):
+            medians = alternate(
+                {
+                    "ours": partial(run_ours, side, n, prompt),
+                    "bare": partial(run_bare, side, n, prompt),
+                },
+                rounds,
+            )
+            rows.append(
+                {
+                    "case": f"{name}, {side}²",
+                    "ours ms": medians["ours"] * 1e3,
+                    "bare diffusers ms": medians["bare"] * 1e3,
+                    "times faster": medians["bare"] / medians["ours"],
+                }
+            )
+    ours.close()
+    console.print(f"demo weights, {dtype}, 8 steps at strength 0.6, PNG out, no safety checker")
+    return rows
+
+
+NO_OP_SERVER = """
+import sys, uvicorn
+from pathlib import Path
+from gateway.app import create_app
+from gateway.platforms.local import LocalPlatform
+from gateway.settings import Settings
+from media.encode import encode
+from PIL import Image
+from schemas.task import EncodedImage, Result
+
+data = encode(Image.new("RGB", (64, 64)), "png")
+
+async def generate(task, on_progress):
+    images = tuple(EncodedImage(data, False) for _ in range(task.num_images))
+    return Result(images, task.seed, task.prompt, 0, {"inference": 0.0})
+
+settings = Settings(home=Path(sys.argv[1]))
+app = create_app(settings, LocalPlatform(settings, generate), None)
+uvicorn.run(app, port=int(sys.argv[2]), access_log=False, log_level="warning")
+"""
+
+
+def gateway(requests: int = 400) -> list[Row]:
+    rows = [imports()]
+    photo = "data:image/jpeg;base64," + base64.b64encode(CAT.read_bytes()).decode()
+    small = {"prompt": "x", "image_size": {"width": 64, "height": 64}}
+    with (
+        tempfile.TemporaryDirectory() as home,
+        Serving([sys.executable, "-c", NO_OP_SERVER], home) as http,
+    ):
+        for name, path, body in (
+            ("text-to-image, no-op engine", "turbo", small),
+            (
+                "39 kB photograph in, no-op engine",
+                "turbo/image-to-image",
+                {"prompt": "x", "image_url": photo},
+            ),
+        ):
+            post = partial(http.post, f"/fal-ai/z-image/{path}", json=body)
+            seconds = [timed(post) for _ in range(requests + 50)]
+            rows.append(latencies(name, seconds[50:]))
+    zimage = [str(Path(sys.executable).parent / "zimage"), "serve", "--home"]
+    large = {"prompt": "x", "image_size": {"width": 512, "height": 512}, "num_images": 4}
+    with tempfile.TemporaryDirectory() as home, Serving(zimage, home, "--port") as http:
+        job = http.post("/queue/fal-ai/z-image/turbo", json=large).json()
+        while http.get(job["status_url"]).json()["status"] != "IN_PROGRESS":
+            pass
+        poll, seconds = partial(http.get, job["status_url"]), []
+        while True:
+            seconds.append(timed(poll))
+            if poll().json()["status"] == "COMPLETED":
+                break
+            time.sleep(0.01)
+        rows.append(latencies("status while four pictures are denoised", seconds))
+    return rows
+
+
+def imports() -> Row:
+    code = (
+        "import time; t = time.perf_counter(); import gateway.app, gateway.platforms.local;"
+        "print(time.perf_counter() - t)"
+    )
+    seconds = [
+        float(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
+        for _ in range(7)
+    ]
+    return latencies("import of the gateway", seconds)
+
+
+def timed(function: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
+
+
+def latencies(case: str, seconds: list[float]) -> Row:
+    ordered = sorted(seconds)
+    return {
+        "case": case,
+        "n": len(ordered),
+        "p50 ms": statistics.median(ordered) * 1e3,
+        "p99 ms": ordered[min(len(ordered) - 1, int(len(ordered) * 0.99))] * 1e3,
+    }
+
+
+class Serving:
+    """A server in a process of its own, `command home [option] port`, and a client for it."""
+
+    def __init__(self, command: list[str], home: str, option: str | None = None) -> None:
+        import socket
+
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            self.port = probe.getsockname()[1]
+        self._command = [*command, home, *([option] if option else []), str(self.port)]
+
+    def __enter__(self) -> Any:
+        import httpx2
+
+        self._process = subprocess.Popen(self._command, stderr=subprocess.DEVNULL)
+        self._http = httpx2.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=60)
+        while True:
+            try:
+                self._http.get("/ready")
+                return self._http
+            except httpx2.ConnectError:
+                if self._process.poll() is not None:
+                    raise SystemExit(f"{self._command[0]} did not start") from None
+                time.sleep(0.05)
+
+    def __exit__(self, *exc: object) -> None:
+        self._http.close()
+        self._process.terminate()
+        self._process.wait()
+
+
+def encode(rounds: int = 5) -> list[Row]:
+    from media.encode import CONTENT_TYPES as FORMATS
+    from media.encode import encode as ours
+    from schemas.task import Format
+
+    photo = Image.open(CAT).convert("RGB").resize((1024, 1024), Image.Resampling.LANCZOS)
+
+    def run_ours(format: Format, k: int = 0) -> bytes:
+        return ours(photo, format)
+
+    def run_pillow(format: Format, k: int = 0) -> bytes:
+        buffer = io.BytesIO()
+        photo.save(buffer, format)
+        return buffer.getvalue()
+
+    rows = []
+    for format in FORMATS:
+        medians = alternate(
+            {"ours": partial(run_ours, format), "pillow": partial(run_pillow, format)}, rounds
+        )
+        rows.append(
+            {
+                "case": f"{format}, 1024²",
+                "ours ms": medians["ours"] * 1e3,
+                "Pillow's defaults ms": medians["pillow"] * 1e3,
+                "ours KiB": len(run_ours(format)) / 1024,
+                "Pillow's defaults KiB": len(run_pillow(format)) / 1024,
+            }
+        )
+    return rows
+
+
+PARTS: dict[str, Callable[[], list[Row]]] = {"engine": engine, "gateway": gateway, "encode": encode}
+
+
+def show(title: str, rows: list[Row]) -> None:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    table = Table(*names, title=title)
+    for row in rows:
+        values = (row.get(name, "") for name in names)
+        table.add_row(*(f"{v:,.2f}" if isinstance(v, float) else str(v) for v in values))
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("parts", nargs="*", metavar="part", help=", ".join(PARTS))
+    parser.add_argument("--json", type=Path, help="write the figures here, too")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.parts) - set(PARTS):
+        parser.error(f"unknown part: {', '.join(unknown)}")
+    results = {}
+    for name in arguments.parts or PARTS:
+        results[name] = PARTS[name]()
+        show(name, results[name])
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"machine": machine(), **results}, indent=2) + "\n")
+
+
+def machine() -> dict[str, Any]:
+    import os
+    from importlib.metadata import version
+
+    names = ("torch", "diffusers", "transformers", "pillow", "fastapi", "uvicorn")
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "processor": next(
+            (
+                line.partition(":")[2].strip()
+                for line in Path("/proc/cpuinfo").read_text().splitlines()
+                if line.startswith("model name")
+            ),
+            platform.processor(),
+        ),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in names},
+    }
+
+
+if __name__ == "__main__":
+    main()
