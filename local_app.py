@@ -7,15 +7,13 @@ import base64
 import json
 import logging
 import mimetypes
-import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 
@@ -23,6 +21,8 @@ from gateway.settings import Settings, SettingsError, describe, read
 from schemas.task import Acceleration, Format
 
 if TYPE_CHECKING:
+    from gateway.once import Answer
+    from gateway.platform import View
     from inference.engine import Engine
 
 app = typer.Typer(
@@ -88,29 +88,27 @@ def run(
         body["image_url"] = _image_url(image)
     body = {name: value for name, value in body.items() if value is not None}
     settings = _settings(weights=weights)
-    with tempfile.TemporaryDirectory(prefix="zimage-") as home:
-        settings = settings.model_copy(update={"home": Path(home)})
-        finished = _run_once(settings, endpoint, body)
-    if finished.status != 200:
-        if print_json:
-            print(json.dumps(finished.body, indent=2))
-        _print_error(finished.body)
-        raise typer.Exit(1)
+    _check(endpoint, body)
+    answer = _run_once(settings, endpoint, body)
+    if answer.status != 200:
+        _refused(answer.body)
     out.parent.mkdir(parents=True, exist_ok=True)
-    for number, data in enumerate(finished.pictures, start=1):
-        path = out.with_stem(f"{out.stem}-{number}") if len(finished.pictures) > 1 else out
+    for number, data in enumerate(answer.files, start=1):
+        path = out.with_stem(f"{out.stem}-{number}") if len(answer.files) > 1 else out
         path.write_bytes(data)
-        finished.body["images"][number - 1] |= {
+        answer.body["images"][number - 1] |= {
             "url": path.absolute().as_uri(),
             "file_name": path.name,
         }
-        flagged = finished.body["has_nsfw_concepts"][number - 1]
+        flagged = answer.body["has_nsfw_concepts"][number - 1]
         note = "  [yellow]flagged by the safety checker: black[/]" if flagged else ""
-        seed_of = finished.body["seed"] + number - 1
-        console.print(f"[green]wrote[/] {path} · seed {seed_of}{note}", highlight=False)
+        seed_of = answer.body["seed"] + number - 1
+        console.print(
+            f"[green]wrote[/] {escape(str(path))} · seed {seed_of}{note}", highlight=False
+        )
     if print_json:
-        print(json.dumps(finished.body, indent=2))
-    console.print(_timings_table(finished.body))
+        print(json.dumps(answer.body, indent=2))
+    console.print(_timings_table(answer.body))
     if settings.weights == "demo":
         console.print(
             "These are small demo weights. Real ones: "
@@ -151,7 +149,7 @@ def serve(
         _fail(str(error))
     scheme = "https" if tls_cert else "http"
     console.print(
-        f"zimage on [bold]{scheme}://{host}:{port}[/] · weights {settings.weights} "
+        f"zimage on [bold]{scheme}://{host}:{port}[/] · weights {escape(settings.weights)} "
         f"({engine.weights.revision}) on {engine.device} · "
         f"keys {'off' if keys is None else 'on'} · docs at /docs",
         highlight=False,
@@ -205,23 +203,11 @@ def weights_fetch(
     print(f"{weights.path}\nUse it with: ZIMAGE_WEIGHTS={spec}")
 
 
-@dataclass(frozen=True)
-class _Finished:
-    status: int
-    body: dict[str, Any]
-    pictures: list[bytes]
+def _run_once(settings: Settings, endpoint: str, body: dict[str, Any]) -> Answer:
+    """Load, run one request, show how far it is."""
+    from gateway.once import run_once
+    from inference.aio import AsyncEngine
 
-
-def _run_once(settings: Settings, endpoint: str, body: dict[str, Any]) -> _Finished:
-    """Send one request through the job path of a private platform."""
-    from gateway.perform import parse
-    from schemas.endpoints import ENDPOINTS
-    from schemas.errors import ApiError
-
-    try:
-        parse(ENDPOINTS[endpoint], json.dumps(body).encode())  # before weights are loaded in vain
-    except ApiError as error:
-        return _Finished(error.status, error.body(), [])
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -231,51 +217,18 @@ def _run_once(settings: Settings, endpoint: str, body: dict[str, Any]) -> _Finis
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("loading weights", total=None)
         engine = _load(settings)
+        bar.update(task, description="preparing")
 
-        def show(description: str, done: int, total: int | None) -> None:
-            bar.update(task, description=description, completed=done, total=total)
+        def show(view: View) -> None:
+            if progress := view.progress:
+                total = progress.steps * progress.images
+                done = round(progress.fraction * total)
+                bar.update(task, description="denoising", completed=done, total=total)
 
         try:
-            return asyncio.run(_submit_and_wait(settings, engine, endpoint, body, show))
+            return asyncio.run(run_once(settings, AsyncEngine(engine), endpoint, body, show))
         finally:
             engine.close()
-
-
-async def _submit_and_wait(
-    settings: Settings,
-    engine: Engine,
-    endpoint: str,
-    body: dict[str, Any],
-    show: Callable[[str, int, int | None], None],
-) -> _Finished:
-    import time
-    import uuid
-
-    from gateway.auth import ANONYMOUS
-    from gateway.jobs import Job
-    from gateway.platforms.local import LocalPlatform
-    from inference.aio import AsyncEngine
-
-    async with LocalPlatform(settings, AsyncEngine(engine)) as platform:
-        job = Job(str(uuid.uuid4()), endpoint, ANONYMOUS, "file://", time.time())
-        await platform.submit(job, json.dumps(body).encode())
-        waiting = asyncio.create_task(platform.wait(job.request_id))
-        while not waiting.done():
-            await asyncio.wait([waiting], timeout=0.05)
-            view = await platform.view(job.request_id)
-            if view and (progress := view.progress):
-                total = progress.steps * progress.images
-                show("denoising", round(progress.fraction * total), total)
-            else:
-                show("preparing", 0, None)
-        outcome = await waiting
-        answer = json.loads(outcome.body)
-        pictures = []
-        for image in answer.get("images", []):
-            data = await platform.files.get(image["file_name"])
-            assert data is not None
-            pictures.append(data)
-        return _Finished(outcome.status, answer, pictures)
 
 
 def _load(settings: Settings) -> Engine:
@@ -333,18 +286,33 @@ def _timings_table(body: dict[str, Any]) -> Table:
     return table
 
 
-def _print_error(body: dict[str, Any]) -> None:
+def _check(endpoint: str, body: dict[str, Any]) -> None:
+    """Refuse what can be refused before weights are loaded."""
+    from gateway.perform import parse
+    from schemas.endpoints import ENDPOINTS
+    from schemas.errors import ApiError
+
+    try:
+        parse(ENDPOINTS[endpoint], json.dumps(body).encode())
+    except ApiError as error:
+        _refused(error.body())
+
+
+def _refused(body: dict[str, Any]) -> NoReturn:
     detail = body["detail"]
     if isinstance(detail, str):
-        console.print(f"[red]error:[/] {detail}", highlight=False)
-        return
-    for item in detail:
-        name = ".".join(map(str, item["loc"][1:])) or "request"
-        console.print(f"[red]{name}:[/] {item['msg']} ({item['type']})", highlight=False)
+        console.print(f"[red]error:[/] {escape(detail)}", highlight=False)
+    else:
+        for item in detail:
+            name = ".".join(map(str, item["loc"][1:])) or "request"
+            console.print(
+                f"[red]{escape(name)}:[/] {escape(item['msg'])} ({item['type']})", highlight=False
+            )
+    raise typer.Exit(1)
 
 
 def _fail(message: str) -> NoReturn:
-    console.print(f"[red]error:[/] {message}", highlight=False)
+    console.print(f"[red]error:[/] {escape(message)}", highlight=False)
     raise typer.Exit(2)
 
 

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 
 import modal
 
-from gateway.settings import Deployment, read
+from gateway.settings import Deployment, Settings, read
 from schemas.task import Failure
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI
+    from starlette.types import ASGIApp
 
     from gateway.jobs import Job, Outcome
     from schemas.task import Result, Task
@@ -27,7 +27,7 @@ MINUTES = 60
 PYTHON = "3.12"
 WEIGHTS_DIR, CACHE_DIR = "/weights", "/cache"
 
-deployment = read(Deployment)
+deployment, service = read(Deployment), read(Settings)
 app = modal.App("zimage")
 
 # ## Images
@@ -38,7 +38,7 @@ app = modal.App("zimage")
 settings = {
     name: value
     for name, value in os.environ.items()
-    if name.startswith("ZIMAGE_") and name not in ("ZIMAGE_KEYS", "ZIMAGE_HOME")
+    if name.startswith("ZIMAGE_") and name not in ("ZIMAGE_KEYS", "ZIMAGE_HOME", "ZIMAGE_DEVICE")
 } | {"ZIMAGE_WEIGHTS": deployment.weights}
 
 gateway_image = (
@@ -123,7 +123,10 @@ class Turbo:
         from inference.snapshot import SnapshotEngine
 
         self.resident = SnapshotEngine(
-            deployment.weights, deployment.snapshot, warm_up=deployment.warm_up_sizes
+            deployment.weights,
+            deployment.snapshot,
+            warm_up=deployment.warm_up_sizes,
+            safety_threshold=service.safety_threshold,
         )
         self.resident.before_snapshot()
         self.generate_async = AsyncEngine(self.resident.engine)
@@ -162,15 +165,14 @@ class Turbo:
 async def job(request: Job, body: bytes) -> Outcome:
     from gateway.platforms.modal import VolumeFiles, run_job
     from gateway.platforms.modal_records import ModalRecords
-    from gateway.settings import Settings
 
     return await run_job(
         request,
         body,
         records=ModalRecords(entries),
         files=VolumeFiles(files),
-        engine=Turbo().generate.remote.aio,
-        settings=Settings(),
+        engine=Turbo().generate,
+        settings=service,
     )
 
 
@@ -180,16 +182,14 @@ async def job(request: Job, body: bytes) -> Outcome:
 @app.function(image=gateway_image, secrets=[keys], cpu=1.0, memory=1024, scaledown_window=300)
 @modal.concurrent(max_inputs=200)
 @modal.asgi_app(label="zimage")
-def gateway() -> FastAPI:
+def gateway() -> ASGIApp:
     from gateway.app import create_app
     from gateway.auth import keys_for
     from gateway.platforms.modal import ModalPlatform, VolumeFiles
     from gateway.platforms.modal_records import ModalRecords
-    from gateway.settings import Settings
 
-    settings = Settings()
     platform = ModalPlatform(job, ModalRecords(entries), VolumeFiles(files))
-    return create_app(settings, platform, keys_for(settings, default="on"))
+    return create_app(service, platform, keys_for(service, default="on"))
 
 
 # ## Housekeeping
@@ -199,9 +199,8 @@ def gateway() -> FastAPI:
 async def sweep() -> None:
     """Delete pictures that are due."""
     from gateway.platforms.modal import VolumeFiles
-    from gateway.settings import Settings
 
-    print("deleted", await VolumeFiles(files).sweep(Settings().retention), "files")
+    print("deleted", await VolumeFiles(files).sweep(service.retention), "files")
 
 
 @app.function(image=gpu_image, volumes={WEIGHTS_DIR: weights}, timeout=60 * MINUTES)

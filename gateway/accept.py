@@ -6,6 +6,7 @@ Everything that can be refused without the input picture is refused here, before
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 import uuid
 
@@ -17,10 +18,12 @@ from gateway.perform import parse
 from gateway.platform import Platform
 from gateway.settings import Settings
 from schemas.endpoints import Endpoint
-from schemas.errors import InputError
+from schemas.errors import InputError, ServiceError
 
 MAX_BODY = 32 * 1024 * 1024
 """Bytes: a data URI of the largest accepted picture, and room for the rest."""
+
+_HOST = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?")
 
 _LARGE_BODY = 256 * 1024
 """Bodies from here on are parsed off the event loop."""
@@ -29,6 +32,12 @@ _LARGE_BODY = 256 * 1024
 async def accept(request: Request, endpoint: Endpoint) -> Job:
     """Authenticate, validate, record. Raises Unauthorized or InputError; then there is no job."""
     key_id = authenticate(request)
+    if "fal_webhook" in request.query_params:
+        raise InputError(
+            ("query", "fal_webhook"),
+            "Webhooks are not supported by this deployment yet",
+            "feature_not_supported",
+        )
     body = await _body(request)
     if len(body) < _LARGE_BODY:
         parse(endpoint, body)
@@ -53,9 +62,14 @@ def platform(request: Request) -> Platform:
 
 
 def origin(request: Request) -> str:
-    """Scheme and host under which the caller reaches us."""
+    """Scheme and host under which the caller reaches us. Raises ServiceError for a malformed Host."""
     settings: Settings = request.app.state.settings
-    return settings.public_url or f"{request.url.scheme}://{request.url.netloc}"
+    if settings.public_url:
+        return settings.public_url
+    host = request.headers.get("host", "")
+    if not _HOST.fullmatch(host):
+        raise ServiceError(400, "Malformed Host header", "bad_request")
+    return f"{request.url.scheme}://{host}"
 
 
 async def _body(request: Request) -> bytes:

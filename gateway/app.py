@@ -8,6 +8,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp
 
 from gateway import openapi
 from gateway.auth import Keys
@@ -19,7 +20,7 @@ from gateway.settings import Settings
 from schemas.errors import ApiError, internal_error
 
 
-def create_app(settings: Settings, platform: Platform, keys: Keys | None) -> FastAPI:
+def create_app(settings: Settings, platform: Platform, keys: Keys | None) -> ASGIApp:
     """`keys` None leaves authentication off; the composition roots decide whether that is allowed."""
 
     @asynccontextmanager
@@ -35,9 +36,7 @@ def create_app(settings: Settings, platform: Platform, keys: Keys | None) -> Fas
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _unexpected)
     app.openapi = lambda: openapi.document(app)  # type: ignore[method-assign]
-    app.add_middleware(FalHeaders)
-    app.add_middleware(QueueHost)
-    return app
+    return FalHeaders(QueueHost(app))  # outside of everything, so that no answer lacks them
 
 
 async def _api_error(request: Request, error: Exception) -> Response:

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 import logging
 import socket
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from ipaddress import ip_address
 from typing import Any
-from urllib.parse import unquote_to_bytes
+from urllib.parse import unquote, unquote_to_bytes
 
 import httpcore2
 import httpx2
@@ -34,11 +35,15 @@ _REFUSED_SUFFIXES = (".internal", ".local", ".localhost", ".localdomain", ".arpa
 MAX_URL = 8192
 _SMALL_URI = 256 * 1024
 """Characters decoded in less time than a thread takes to start."""
+_URL_SAFE = str.maketrans("-_", "+/")
 _HEADERS: dict[bytes | str, bytes | str] = {
     "User-Agent": "zimage-endpoint (image fetcher)",
     "Accept": "image/*,*/*;q=0.8",
     "Accept-Encoding": "identity",
 }
+
+_LOOKUPS = ThreadPoolExecutor(8, thread_name_prefix="lookup")
+"""A look-up cannot be cancelled; slow ones must not take threads that others need."""
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +56,8 @@ class Refused(httpcore2.ConnectError):
 
 async def resolve(host: str, port: int) -> list[Address]:
     """All addresses of a name, by the system's resolver."""
-    loop = asyncio.get_running_loop()
-    answers = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    lookup = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+    answers = await asyncio.get_running_loop().run_in_executor(_LOOKUPS, lookup)
     return [ip_address(sockaddr[0]) for *_, sockaddr in answers]
 
 
@@ -210,8 +215,9 @@ def from_data_uri(uri: str, loc: Loc) -> bytes:
         raise _too_large(loc)
     else:
         try:
-            data = base64.b64decode(payload + "=" * (-len(payload) % 4))
-        except binascii.Error:
+            payload = "".join(unquote(payload).split()).translate(_URL_SAFE)
+            data = base64.b64decode(payload + "=" * (-len(payload) % 4), validate=True)
+        except ValueError:
             raise InputError(loc, "Image load error: invalid base64", "image_load_error") from None
     if len(data) > MAX_BYTES:
         raise _too_large(loc)

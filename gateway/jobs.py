@@ -1,7 +1,8 @@
 """One request's life: IN_QUEUE → IN_PROGRESS → COMPLETED, in one small class with time passed in.
 
 An interrupted job (killed process, preempted container) goes back to IN_QUEUE and runs again; after
-MAX_ATTEMPTS it is COMPLETED with an error, so that a job that kills its worker does so only so often.
+MAX_ATTEMPTS of the engine it is COMPLETED with an error, so that a job that kills its process does so
+only so often.
 Failed and cancelled jobs are COMPLETED too, as fal has it: the outcome carries the error.
 """
 
@@ -65,8 +66,13 @@ class Job:
 
     def start(self, now: float) -> None:
         self._expect("IN_QUEUE")
-        self.status, self.started, self.attempts = "IN_PROGRESS", now, self.attempts + 1
+        self.status, self.started = "IN_PROGRESS", now
         self.logs = []
+
+    def attempt(self) -> None:
+        """The engine takes it on: from here on, a crash may be this job's fault."""
+        self._expect("IN_PROGRESS")
+        self.attempts += 1
 
     def finish(self, outcome: Outcome, now: float) -> None:
         self._expect("IN_PROGRESS")
@@ -82,6 +88,12 @@ class Job:
             self.finish(Outcome.of_error(lost), now)
         else:
             self.status, self.started = "IN_QUEUE", None
+
+    def hand_back(self) -> None:
+        """The process that runs it stops in good order; nobody's fault."""
+        self._expect("IN_PROGRESS")
+        self.status, self.started = "IN_QUEUE", None
+        self.attempts = max(0, self.attempts - 1)
 
     def cancel(self, now: float) -> None:
         """Stop before it began. A running job is cancelled by whoever runs it, through `finish`."""

@@ -18,12 +18,11 @@ from dataclasses import dataclass
 
 from pydantic import ValidationError
 
+from gateway.decoder import Decoder
 from gateway.fetch import Fetcher
 from gateway.files import URL_PATH, Files
 from gateway.jobs import Job, Outcome
-from media.decode import decode
 from media.encode import CONTENT_TYPES
-from media.fit import fit
 from schemas.endpoints import ENDPOINTS, Endpoint, Input
 from schemas.errors import ApiError, InputError, ValidationFailed, internal_error
 from schemas.inputs import ImageToImageInput
@@ -32,9 +31,6 @@ from schemas.sizes import Size, megapixels, requested_size
 from schemas.task import Acceleration, Picture, Progress, Result, Task
 
 logger = logging.getLogger(__name__)
-
-MAX_DECODES = 2
-"""Pictures decoded at a time: each may take a few hundred megabytes."""
 
 OnProgress = Callable[[Progress], None]
 OnLog = Callable[[str], None]
@@ -51,8 +47,8 @@ class Services:
     generate: GenerateAsync
     files: Files
     fetcher: Fetcher
+    decoder: Decoder
     acceleration_default: Acceleration
-    decodes: asyncio.Semaphore
 
 
 def parse(endpoint: Endpoint, body: bytes) -> Input:
@@ -96,8 +92,7 @@ async def _perform(
     began = clock()
     picture, size = None, None
     if data is not None:
-        async with services.decodes:
-            picture, size = await asyncio.to_thread(_prepare, data, params)
+        picture, size = await services.decoder(data, params.image_size)
         log(f"input picture ready, generating {size.width}×{size.height}")
     timings["decode"] = clock() - began
 
@@ -142,13 +137,6 @@ async def _input_bytes(params: Input, job: Job, services: Services) -> bytes | N
             )
         return data
     return await services.fetcher(params.image_url)
-
-
-def _prepare(data: bytes, params: Input) -> tuple[Picture | None, Size]:
-    """Decode the input and bring it to the requested size."""
-    source = decode(data)
-    size = requested_size(params.image_size, Size(source.width, source.height))
-    return fit(source, *size), size
 
 
 def make_task(params: Input, picture: Picture | None, size: Size, services: Services) -> Task:

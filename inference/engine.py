@@ -153,9 +153,7 @@ class Engine:
                 if cancelled():
                     raise TaskCancelled
 
-            with self._tensors, torch.inference_mode():
-                if cancelled():
-                    raise TaskCancelled
+            with self._turn(cancelled), torch.inference_mode():
                 if k == 0:
                     with clock.stage("prompt_encode"):
                         prompt_embeds = self._encode_prompt(task.prompt)
@@ -175,6 +173,19 @@ class Engine:
                     pixels = sampling.to_pixels(self._decode_image(latents))
                     array = pixels[: task.height, : task.width].cpu().numpy()
             yield Image.fromarray(array, "RGB")
+
+    @contextmanager
+    def _turn(self, cancelled: Callable[[], bool]) -> Iterator[None]:
+        """The tensor lock; a task that is cancelled while it waits leaves the line."""
+        while not self._tensors.acquire(timeout=0.05):
+            if cancelled():
+                raise TaskCancelled
+        try:
+            if cancelled():
+                raise TaskCancelled
+            yield
+        finally:
+            self._tensors.release()
 
     def _encode_image(self, picture: Picture | None, sigma: float) -> torch.Tensor | None:
         """The mode of the VAE's posterior: no randomness, so no seed is spent on it."""

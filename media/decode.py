@@ -19,7 +19,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF")
 SUFFIXES = [".jpg", ".jpeg", ".png", ".webp", ".gif", ".avif"]
 
 MAX_BYTES = 20 * 1024 * 1024
-MAX_PIXELS = 20_000_000
+MAX_PIXELS = 16_000_000
 MAX_SIDE = 8192
 MAX_ICC_BYTES = 4 * 1024 * 1024
 
@@ -88,8 +88,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
     image = _to_srgb(image)
     if image.mode == "RGBA":
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
+        opaque = Image.new("RGB", image.size, "white")
+        opaque.paste(image, mask=image.getchannel("A"))
+        return opaque
     return image if image.mode == "RGB" else image.convert("RGB")
 
 

@@ -33,7 +33,9 @@ def _cover(picture: Picture, width: int, height: int) -> Image.Image:
     if image.size == (width, height):
         return image
     scale = max(width / image.width, height / image.height)
-    crop_width, crop_height = width / scale, height / scale
+    # Rounding must not push the box over the edge by a part in 10¹⁶.
+    crop_width = min(float(image.width), width / scale)
+    crop_height = min(float(image.height), height / scale)
     left, top = (image.width - crop_width) / 2, (image.height - crop_height) / 2
     box = (left, top, left + crop_width, top + crop_height)
     return image.resize((width, height), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)

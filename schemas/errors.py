@@ -9,6 +9,7 @@ Programs act on `type` and `ctx`; `msg` is for people. Never carries a stack tra
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -76,6 +77,13 @@ class InputError(ApiError):
         super().__init__(f"{'.'.join(map(str, loc))}: {msg}")
         self.detail = [error_detail(loc, msg, type, ctx=ctx, input=input)]
 
+    @classmethod
+    def of_detail(cls, detail: dict[str, Any]) -> InputError:
+        """An error that was rendered in another process."""
+        error = cls(detail["loc"], detail["msg"], detail["type"])
+        error.detail = [detail]
+        return error
+
     def body(self) -> dict[str, Any]:
         return {"detail": self.detail}
 
@@ -128,7 +136,7 @@ def error_detail(
     ctx: Mapping[str, Any] | None = None,
     input: Any = None,
 ) -> dict[str, Any]:
-    """One entry of `detail`. Union tags ("<…>") leave `loc`; long or nested inputs are not echoed."""
+    """One entry of `detail`. Union tags ("<…>") leave `loc`; long inputs are cut, objects left out."""
     detail: dict[str, Any] = {
         "loc": [part for part in loc if not str(part).startswith("<")],
         "msg": msg,
@@ -150,8 +158,8 @@ def _plain(value: Any) -> Any:
 def _echo(value: Any) -> Any:
     if isinstance(value, str):
         return value if len(value) <= _MAX_ECHO else value[:_MAX_ECHO] + "…"
-    if isinstance(value, (int, float, bool)):
-        return value
-    if isinstance(value, dict) and set(value) == {"width", "height"}:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)  # NaN is not JSON
+    if isinstance(value, (int, float)):
         return value
     return None

@@ -99,7 +99,6 @@ def requested_size(value: ImageSize | str, source: Size | None = None) -> Size:
             f"width × height should be less than or equal to {MAX_PIXELS} pixels (4 megapixels)",
             "less_than_equal",
             ctx={"le": MAX_PIXELS},
-            input={"width": size.width, "height": size.height},
         )
     return size
 

@@ -52,6 +52,7 @@ def test_text_to_image_and_numbered_files(tmp_path: Path) -> None:
     ("arguments", "code", "message"),
     [
         (["nowhere.png", "x", "-o", "a.png"], 2, "neither a file nor a URL"),
+        (["no[/b]where.png", "x", "-o", "a.png"], 2, "'no[/b]where.png' is neither"),
         ([CAT, "x", "-o", "a.bmp"], 2, "give it a suffix"),
         ([CAT, "x", "-o", "a.png", "--strength", "2"], 1, "strength: Input should be less than"),
         ([CAT, "x", "-o", "a.png", "--size", "99999x1"], 1, "image_size.width"),

@@ -9,26 +9,35 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import logging
+import sqlite3
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import IO
 
+from gateway.decoder import Decoder
 from gateway.fetch import Fetcher
 from gateway.files import DirectoryFiles
 from gateway.jobs import Job, Outcome
 from gateway.logs import log_entry, progress_message
-from gateway.perform import MAX_DECODES, GenerateAsync, Services, perform
+from gateway.perform import GenerateAsync, OnProgress, Services, perform
 from gateway.platform import Platform, View
 from gateway.platforms.records import Records
 from gateway.settings import Settings
 from schemas.errors import Cancelled, internal_error
-from schemas.task import Progress
+from schemas.task import Progress, Result, Task
 
 PREPARING = 4
 """Requests in progress at a time, fetching or waiting for the engine."""
 
+ENGINE_SLOTS = 2
+"""Requests at the engine: one at its tensors, one whose files are being encoded. Only they are
+suspected when the process dies."""
+
 SWEEP_SECONDS = 60.0
+RETRY_SECONDS = 1.0
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +57,10 @@ class LocalPlatform(Platform):
         self._lock = _lock(settings.home)
         self.files = DirectoryFiles(settings.home / "files")
         self._fetcher = Fetcher(settings.fetch_allow)
+        self._decoder = Decoder()
         self._queued = asyncio.Semaphore(0)
+        self._engine_slots = asyncio.Semaphore(ENGINE_SLOTS)
+        self._stopping = False
         self._running: dict[str, _Run] = {}
         self._awaited: dict[str, asyncio.Future[Outcome]] = {}
         self._tasks: list[asyncio.Task[None]] = []
@@ -59,8 +71,8 @@ class LocalPlatform(Platform):
             self._generate,
             self.files,
             self._fetcher,
+            self._decoder,
             self._settings.acceleration_default,
-            asyncio.Semaphore(MAX_DECODES),
         )
         for job in self._records.requeue_interrupted(time.time()):
             logger.warning("request %s was interrupted, now %s", job.request_id, job.status)
@@ -76,11 +88,13 @@ class LocalPlatform(Platform):
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Stop between two steps. Jobs in progress stay so in the records and run at the next start."""
+        """Stop between two steps. Jobs in progress go back to the queue and run at the next start."""
+        self._stopping = True
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._fetcher.close()
+        await self._decoder.close()
         self._records.close()
         self._lock.close()
 
@@ -117,51 +131,75 @@ class LocalPlatform(Platform):
             self._announce(request_id, job.outcome)
             return True
         run = self._running.get(request_id)
-        if run is None or run.finishing:
+        if run is None or run.task.done():
             return False
-        run.cancelled_by_client = True
-        run.task.cancel()
+        if not run.task.cancelling():  # a second request must not disturb the first one's work
+            run.task.cancel()
         return True
 
     async def ready(self) -> bool:
-        return any(not task.done() for task in self._tasks)
+        return bool(self._tasks) and not any(task.done() for task in self._tasks)
 
     async def _work(self, services: Services) -> None:
         while True:
             await self._queued.acquire()
-            job = self._records.claim(time.time())
-            if job is None:  # cancelled while it waited
-                continue
-            run = _Run(job)
-            self._running[job.request_id] = run
-            run.task = asyncio.create_task(self._perform(run, services))
             try:
-                await asyncio.shield(run.task)
-            except asyncio.CancelledError:
-                run.task.cancel()
-                await asyncio.wait([run.task])
-                raise
-            except Exception:  # the disk, most likely; the job runs again at the next start
-                logger.exception("request %s could not be recorded", job.request_id)
-            finally:
-                del self._running[job.request_id]
+                if job := self._records.claim(time.time()):
+                    await self._run(job, services)
+            except Exception:
+                logger.exception("jobs cannot be taken from the records, trying again")
+                await asyncio.sleep(RETRY_SECONDS)
+                self._queued.release()
 
-    async def _perform(self, run: _Run, services: Services) -> None:
-        """Leaves the job finished, or, when the platform stops, in progress."""
-        job = run.job
+    async def _run(self, job: Job, services: Services) -> None:
+        """Bring a job to its end; or, when the platform stops meanwhile, back to the queue."""
+        run = _Run(job)
+        services = replace(services, generate=partial(self._on_engine, job))
+        run.task = asyncio.create_task(self._perform(run, services))
+        self._running[job.request_id] = run
         try:
-            body = await self._records.body(job.request_id)
-            outcome = await perform(job, body, services, run.on_progress, run.log)
+            await asyncio.wait([run.task])
         except asyncio.CancelledError:
-            if not run.cancelled_by_client:
+            run.task.cancel()
+            await asyncio.wait([run.task])
+            if run.task.cancelled():
+                self._records.hand_back(job)
                 raise
-            run.log("cancelled")
-            outcome = Outcome.of_error(Cancelled())
+        finally:
+            del self._running[job.request_id]
+        # Cancelled by the client, then: perform turns everything else into an outcome.
+        ended = Outcome.of_error(Cancelled()) if run.task.cancelled() else run.task.result()
+        finishing = asyncio.create_task(self._finish(job, ended))
+        try:
+            await asyncio.shield(finishing)
+        except asyncio.CancelledError:
+            await asyncio.wait([finishing])
+            raise
+
+    async def _perform(self, run: _Run, services: Services) -> Outcome:
+        try:
+            body = await self._records.body(run.job.request_id)
         except OSError:
-            logger.exception("request %s: its body cannot be read", job.request_id)
-            outcome = Outcome.of_error(internal_error())
-        run.finishing = True
-        await self._records.finish(job, outcome, time.time())
+            logger.exception("request %s: its body cannot be read", run.job.request_id)
+            return Outcome.of_error(internal_error())
+        return await perform(run.job, body, services, run.on_progress, run.log)
+
+    async def _on_engine(self, job: Job, task: Task, on_progress: OnProgress) -> Result:
+        async with self._engine_slots:
+            self._records.count_attempt(job)
+            return await self._generate(task, on_progress)
+
+    async def _finish(self, job: Job, outcome: Outcome) -> None:
+        """Record an end. A full disk is waited for: the pictures have been made."""
+        while True:
+            try:
+                await self._records.finish(job, outcome, time.time())
+                break
+            except (OSError, sqlite3.Error):
+                logger.exception("request %s cannot be recorded, trying again", job.request_id)
+                if self._stopping:
+                    return
+                await asyncio.sleep(RETRY_SECONDS)
         self._announce(job.request_id, outcome)
 
     def _announce(self, request_id: str, outcome: Outcome) -> None:
@@ -170,21 +208,22 @@ class LocalPlatform(Platform):
 
     async def _housekeeping(self) -> None:
         while True:
-            self._records.sweep(self._settings.retention)
-            await asyncio.to_thread(self.files.sweep, self._settings.retention)
+            try:
+                self._records.sweep(self._settings.retention)
+                await asyncio.to_thread(self.files.sweep, self._settings.retention)
+            except (OSError, sqlite3.Error):
+                logger.exception("housekeeping failed, trying again")
             await asyncio.sleep(SWEEP_SECONDS)
 
 
 class _Run:
     """A job while it runs: what only this process knows about it."""
 
-    task: asyncio.Task[None]
+    task: asyncio.Task[Outcome]
 
     def __init__(self, job: Job) -> None:
         self.job = job
         self.progress: Progress | None = None
-        self.cancelled_by_client = False
-        self.finishing = False
 
     def on_progress(self, progress: Progress) -> None:
         self.progress = progress

@@ -8,20 +8,24 @@ outcome wins, and a job that has one is not performed again.
 from __future__ import annotations
 
 import asyncio
+import functools
 import io
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
 import modal
+from grpclib import GRPCError
 
+from gateway.addresses import Network
+from gateway.decoder import Decoder
 from gateway.fetch import Fetcher
 from gateway.files import NAME, Files, new_name
 from gateway.jobs import Job, Outcome
 from gateway.logs import log_entry
-from gateway.perform import MAX_DECODES, Services, perform
+from gateway.perform import Services, perform
 from gateway.platform import Platform, View
 from gateway.platforms.modal_records import Finished, ModalRecords
 from gateway.settings import Settings
@@ -30,8 +34,8 @@ from schemas.task import Failure, Progress, Result, Task
 
 logger = logging.getLogger(__name__)
 
-RemoteEngine = Callable[[str, Task], Awaitable[Result | Failure]]
-"""The GPU class's method: (request id, task)."""
+LOST_SECONDS = 30.0
+"""Age of an unfinished request from which a look at its status asks Modal whether it still runs."""
 
 
 class EngineFailure(Exception):
@@ -103,35 +107,45 @@ class ModalPlatform(Platform):
         if loaded is None:
             return None
         job, progress = loaded
+        old = job.status != "COMPLETED" and time.time() - job.created > LOST_SECONDS
+        if old and await self._ended(request_id, timeout=0) is not None:
+            loaded = await self._records.load(request_id)
+            assert loaded is not None
+            job, progress = loaded
         # Modal tells no order within its queue: 0 means "not started".
         return View(job, 0 if job.status == "IN_QUEUE" else None, progress)
 
     async def outcome(self, request_id: str) -> Outcome | None:
-        finished = await self._records.finished(request_id)
-        if finished is None:
-            return None
-        if finished.outcome.error_type == Cancelled().error_type:
-            return Outcome.of_error(Cancelled())
-        return await self.wait(request_id)
+        return await self._records.outcome(request_id)
 
     async def wait(self, request_id: str) -> Outcome:
+        outcome = await self._ended(request_id, timeout=None)
+        assert outcome is not None
+        return outcome
+
+    async def _ended(self, request_id: str, timeout: float | None) -> Outcome | None:
+        """The outcome of the job's function call; None if it takes longer than `timeout` seconds.
+
+        A call that ended without one (out of time, out of memory, retries used up) is recorded as
+        lost here, because nobody else can.
+        """
         call_id = await self._records.call_id(request_id)
         if call_id is None:
-            raise LookupError(f"no request {request_id}")
+            raise LookupError(f"no call of request {request_id}")
         try:
-            outcome: Outcome = await modal.FunctionCall.from_id(call_id).get.aio()
-        except modal.exception.OutputExpiredError:
-            return Outcome.of_error(ServiceError(404, "The result has expired", "expired"))
+            outcome: Outcome = await modal.FunctionCall.from_id(call_id).get.aio(timeout=timeout)
+            return outcome
+        except TimeoutError:  # the builtin: still running
+            return None
+        except (modal.exception.ConnectionError, GRPCError):
+            raise  # says nothing about the job
         except modal.exception.FunctionTimeoutError:
-            return await self._lost(
-                request_id, ServiceError(504, "The request took too long", "generation_timeout")
-            )
-        except modal.exception.Error:
-            logger.exception("request %s was lost", request_id)
-            return await self._lost(
-                request_id, ServiceError(503, "The runner disconnected", "runner_disconnected")
-            )
-        return outcome
+            lost = ServiceError(504, "The request took too long", "generation_timeout")
+        except Exception as error:
+            logger.warning("request %s was lost: %r", request_id, error)
+            lost = ServiceError(503, "The runner disconnected", "runner_disconnected")
+        await self._records.finish(request_id, Finished(Outcome.of_error(lost), time.time(), []))
+        return await self._records.outcome(request_id)
 
     async def cancel(self, request_id: str) -> bool:
         ended = Finished(Outcome.of_error(Cancelled()), time.time(), [log_entry("cancelled")])
@@ -144,15 +158,6 @@ class ModalPlatform(Platform):
     async def ready(self) -> bool:
         return True
 
-    async def _lost(self, request_id: str, error: ServiceError) -> Outcome:
-        """An end that no job recorded, unless one did (a cancelled call ends here, too)."""
-        outcome = Outcome.of_error(error)
-        await self._records.finish(request_id, Finished(outcome, time.time(), []))
-        finished = await self._records.finished(request_id)
-        if finished and finished.outcome.error_type == Cancelled().error_type:
-            return Outcome.of_error(Cancelled())
-        return outcome
-
 
 async def run_job(
     job: Job,
@@ -160,33 +165,48 @@ async def run_job(
     *,
     records: ModalRecords,
     files: Files,
-    engine: RemoteEngine,
+    engine: Any,
     settings: Settings,
 ) -> Outcome:
     """The body of the CPU function: perform a job, record its end, return it as data.
 
+    `engine` is the GPU class's method (request id, task) → Result | Failure.
+
     Cancelling it (FunctionCall.cancel) cancels the call to the engine, which stops between two steps.
     """
-    if finished := await records.finished(job.request_id):
-        return finished.outcome  # cancelled before it started, or delivered a second time
+    if outcome := await records.outcome(job.request_id):
+        return outcome  # cancelled before it started, or delivered a second time
     await records.set_started(job.request_id, time.time())
     logs: list[dict[str, object]] = []
 
     async def generate(task: Task, on_progress: Callable[[Progress], None]) -> Result:
-        result = await engine(job.request_id, task)
+        call = await engine.spawn.aio(job.request_id, task)
+        try:
+            result: Result | Failure = await call.get.aio()
+        except asyncio.CancelledError:
+            await asyncio.shield(call.cancel.aio())
+            raise
         if isinstance(result, Failure):
             raise EngineFailure(result.reason)
         return result
 
-    fetcher = Fetcher(settings.fetch_allow)
     services = Services(
-        generate, files, fetcher, settings.acceleration_default, asyncio.Semaphore(MAX_DECODES)
+        generate, files, _fetcher(settings.fetch_allow), _decoder(), settings.acceleration_default
     )
-    try:
-        outcome = await perform(
-            job, body, services, lambda progress: None, lambda text: logs.append(log_entry(text))
-        )
-    finally:
-        await fetcher.close()
+    outcome = await perform(
+        job, body, services, lambda progress: None, lambda text: logs.append(log_entry(text))
+    )
     await records.finish(job.request_id, Finished(outcome, time.time(), logs))
     return outcome
+
+
+@functools.cache
+def _fetcher(exceptions: tuple[Network, ...]) -> Fetcher:
+    """One for all jobs of a container."""
+    return Fetcher(exceptions)
+
+
+@functools.cache
+def _decoder() -> Decoder:
+    """One for all jobs of a container, which bounds what they decode at a time."""
+    return Decoder()

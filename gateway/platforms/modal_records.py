@@ -5,6 +5,7 @@
     (id, "started")   time of its latest start
     (id, "progress")  the only entry that is overwritten
     (id, "outcome")   outcome without body, and logs: the first writer wins
+    (id, "body")      the outcome's body, written before it
 
 Entries live seven days from their last use. Imports nothing of the gateway's but plain data, so that
 the GPU container, which reports progress, needs none of its libraries.
@@ -24,7 +25,7 @@ from schemas.task import Progress
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Finished:
-    """The end of a job, as recorded; `outcome.body` is kept elsewhere."""
+    """The end of a job, as recorded; `outcome.body` has an entry of its own."""
 
     outcome: Outcome
     at: float
@@ -53,6 +54,9 @@ class ModalRecords:
 
     async def finish(self, request_id: str, finished: Finished) -> bool:
         """Record the end; False if another end was recorded before."""
+        if await self.finished(request_id):
+            return False
+        await self._put(request_id, "body", finished.outcome.body)
         bare = dataclasses.replace(finished.outcome, body=b"")
         entry = dataclasses.replace(finished, outcome=bare)
         return bool(
@@ -62,6 +66,13 @@ class ModalRecords:
     async def finished(self, request_id: str) -> Finished | None:
         value: Finished | None = await self._get(request_id, "outcome")
         return value
+
+    async def outcome(self, request_id: str) -> Outcome | None:
+        """The recorded end with its body."""
+        finished, body = await asyncio.gather(
+            self.finished(request_id), self._get(request_id, "body")
+        )
+        return dataclasses.replace(finished.outcome, body=body) if finished else None
 
     async def load(self, request_id: str) -> tuple[Job, Progress | None] | None:
         """The job in its present state, without the outcome's body."""

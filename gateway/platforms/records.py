@@ -67,6 +67,15 @@ class Records:
         self._db.row_factory = sqlite3.Row
         self._db.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL;" + _SCHEMA)
 
+        self._remove_orphans()
+
+    def _remove_orphans(self) -> None:
+        """Bodies whose row was never written: the process died in between."""
+        known = {row["request_id"] for row in self._db.execute("SELECT request_id FROM jobs")}
+        for path in self._bodies.iterdir():
+            if path.suffix == ".part" or path.stem not in known:
+                path.unlink()
+
     def close(self) -> None:
         self._db.close()
 
@@ -119,7 +128,7 @@ class Records:
         return job
 
     def requeue_interrupted(self, now: float) -> list[Job]:
-        """Put jobs of a process that is gone back to the queue, in their old places."""
+        """Put jobs in progress back to the queue, in their old places: their process is gone."""
         rows = self._db.execute(
             f"SELECT {_COLUMNS} FROM jobs WHERE status='IN_PROGRESS'"
         ).fetchall()
@@ -148,6 +157,16 @@ class Records:
             body = await asyncio.to_thread(self._path(request_id, "output").read_bytes)
         return _outcome(row, bytes(body))
 
+    def count_attempt(self, job: Job) -> None:
+        """The engine takes the job on now."""
+        job.attempt()
+        self._update(job, None)
+
+    def hand_back(self, job: Job) -> None:
+        """Back to the queue, in its old place, at an orderly stop."""
+        job.hand_back()
+        self._update(job, None)
+
     def queued(self) -> int:
         """How many jobs wait to be started."""
         (count,) = self._db.execute("SELECT COUNT(*) FROM jobs WHERE status='IN_QUEUE'").fetchone()
@@ -163,14 +182,14 @@ class Records:
         return int(count)
 
     def sweep(self, seconds: float) -> int:
-        """Forget jobs that finished more than `seconds` ago; returns how many.
+        """Forget jobs that finished more than `seconds` ago, some hundreds at a time; returns how many.
 
         Results not to be kept stay UNKEPT_SECONDS, for a client whose connection broke.
         """
         now = time.time()
         rows = self._db.execute(
-            "DELETE FROM jobs WHERE status='COMPLETED' AND"
-            " (finished<? OR (NOT kept AND finished<?)) RETURNING request_id",
+            "DELETE FROM jobs WHERE sequence IN (SELECT sequence FROM jobs WHERE status='COMPLETED'"
+            " AND (finished<? OR (NOT kept AND finished<?)) LIMIT 500) RETURNING request_id",
             (now - seconds, now - UNKEPT_SECONDS),
         ).fetchall()
         for row in rows:

@@ -11,6 +11,7 @@ from media.encode import CONTENT_TYPES
 router = APIRouter()
 
 
+@router.head(URL_PATH + "{name}", include_in_schema=False)
 @router.get(URL_PATH + "{name}", summary="A generated picture", tags=["files"])
 async def file(request: Request, name: str) -> Response:
     data = await platform(request).files.get(name)

@@ -10,11 +10,13 @@ from gateway.responses import json_response
 router = APIRouter(tags=["health"])
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health", summary="The process answers")
 async def health() -> Response:
     return json_response({"status": "ok"})
 
 
+@router.head("/ready", include_in_schema=False)
 @router.get("/ready", summary="A request would start now")
 async def ready(request: Request) -> Response:
     if await platform(request).ready():

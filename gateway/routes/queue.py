@@ -32,15 +32,6 @@ class NotFound(ApiError):
         return {"status": "NOT_FOUND"}
 
 
-class InProgress(ApiError):
-    """The result was asked for before there was one."""
-
-    status = 400
-
-    def body(self) -> dict[str, str]:
-        return {"detail": "Request is still in progress"}
-
-
 def _add(endpoint: Endpoint) -> None:
     async def submit(request: Request) -> Response:
         job = await accept(request, endpoint)
@@ -66,8 +57,9 @@ async def status(request: Request, app: str, request_id: str) -> Response:
 @router.get("/{app:path}/requests/{request_id}", **queue_operation("result"))
 async def result(request: Request, app: str, request_id: str) -> Response:
     view = await _view(request, app, request_id)
+    headers = {"x-fal-request-id": request_id}
     if view.job.status != "COMPLETED":
-        raise InProgress
+        return json_response({"detail": "Request is still in progress"}, 400, headers)
     outcome = await platform(request).outcome(request_id)
     if outcome is None:
         raise NotFound
@@ -77,9 +69,10 @@ async def result(request: Request, app: str, request_id: str) -> Response:
 @router.put("/{app:path}/requests/{request_id}/cancel", **queue_operation("cancel"))
 async def cancel(request: Request, app: str, request_id: str) -> Response:
     await _view(request, app, request_id)
+    headers = {"x-fal-request-id": request_id}
     if await platform(request).cancel(request_id):
-        return json_response({"status": "CANCELLATION_REQUESTED"}, 202)
-    return json_response({"status": "ALREADY_COMPLETED"}, 400)
+        return json_response({"status": "CANCELLATION_REQUESTED"}, 202, headers)
+    return json_response({"status": "ALREADY_COMPLETED"}, 400, headers)
 
 
 async def _view(request: Request, app: str, request_id: str) -> View:

@@ -104,6 +104,24 @@ def test_data_uris(payload: bytes) -> None:
     assert asyncio.run(read(f"data:image/png,{quoted}")) == payload
 
 
+@pytest.mark.parametrize("payload", ["ä", "@@@", "A", "AA=A", "AAAA!"])
+def test_what_is_not_base64_is_refused(payload: str) -> None:
+    assert fetch(f"data:image/png;base64,{payload}") == "decode_error"
+
+
+def test_base64_of_every_kind() -> None:
+    async def read(uri: str) -> bytes:
+        return await Fetcher()(uri)
+
+    data = bytes(range(256))
+    for text in (
+        base64.urlsafe_b64encode(data).decode(),
+        base64.encodebytes(data).decode(),
+        base64.b64encode(data).decode().replace("+", "%2B"),
+    ):
+        assert asyncio.run(read(f"data:;base64,{text}")) == data
+
+
 class Misbehaving(BaseHTTPRequestHandler):
     """One path per misdeed."""
 

@@ -16,7 +16,9 @@ def test_the_normal_life() -> None:
     it = job()
     assert it.status == "IN_QUEUE"
     it.start(2.0)
-    assert (it.status, it.started, it.attempts) == ("IN_PROGRESS", 2.0, 1)
+    assert (it.status, it.started, it.attempts) == ("IN_PROGRESS", 2.0, 0)
+    it.attempt()
+    assert it.attempts == 1
     it.finish(DONE, 3.0)
     assert (it.status, it.finished, it.outcome) == ("COMPLETED", 3.0, DONE)
 
@@ -28,13 +30,23 @@ def test_an_interrupted_job_runs_again() -> None:
     it.interrupt(3.0)
     assert (it.status, it.started) == ("IN_QUEUE", None)
     it.start(4.0)
-    assert (it.attempts, it.logs) == (2, [])
+    assert it.logs == []
+
+
+def test_a_job_handed_back_has_made_no_attempt() -> None:
+    it = job()
+    for _ in range(2 * MAX_ATTEMPTS):
+        it.start(2.0)
+        it.attempt()
+        it.hand_back()
+    assert (it.status, it.started, it.attempts) == ("IN_QUEUE", None, 0)
 
 
 def test_a_job_that_keeps_killing_its_worker_fails() -> None:
     it = job()
     for attempt in range(MAX_ATTEMPTS):
         it.start(float(attempt))
+        it.attempt()
         it.interrupt(float(attempt))
     assert it.status == "COMPLETED" and it.outcome is not None
     assert (it.outcome.status, it.outcome.error_type) == (503, "runner_disconnected")
@@ -53,10 +65,12 @@ def test_everything_else_is_illegal(first: list[str]) -> None:
     steps = {
         "start": lambda it: it.start(2.0),
         "finish": lambda it: it.finish(DONE, 3.0),
+        "attempt": lambda it: it.attempt(),
         "interrupt": lambda it: it.interrupt(3.0),
+        "hand_back": lambda it: it.hand_back(),
         "cancel": lambda it: it.cancel(3.0),
     }
-    allowed = {(): {"start", "cancel"}, ("start",): {"finish", "interrupt"}}
+    allowed = {(): {"start", "cancel"}, ("start",): {"finish", "attempt", "interrupt", "hand_back"}}
     for name, step in steps.items():
         it = job()
         for earlier in first:

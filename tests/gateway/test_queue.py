@@ -249,6 +249,7 @@ def test_cancel_in_the_queue(held: Server) -> None:
     last = accepted[-1]
     answer = held.http.put(last["cancel_url"])
     assert (answer.status_code, answer.json()) == (202, {"status": "CANCELLATION_REQUESTED"})
+    assert answer.headers["x-fal-request-id"] == last["request_id"]
     status = held.http.get(last["status_url"]).json()
     assert (status["status"], status["error_type"]) == ("COMPLETED", "client_cancelled")
     again = held.http.put(last["cancel_url"])

@@ -194,6 +194,40 @@ def test_a_body_beyond_the_limit(server: Server) -> None:
     assert answer.json()["detail"][0]["ctx"] == {"max_size": 32 << 20}
 
 
+def test_a_broken_engine_is_a_500_that_says_nothing_of_why(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: Any) -> None:
+        raise RuntimeError("/secret/path")
+
+    monkeypatch.setattr(server.engine, "engine", broken)
+    answer = server.http.post(I2I, json={"prompt": "a", "image_url": CAT_URI, **FAST})
+    assert (answer.status_code, answer.json()) == (
+        500,
+        {"detail": "Internal Server Error", "error_type": "internal_error"},
+    )
+    assert answer.headers["x-fal-error-type"] == "internal_error"
+    assert answer.headers["x-fal-billable-units"] == "0"
+
+
+def test_webhooks_are_refused_not_forgotten(server: Server) -> None:
+    answer = server.http.post(f"/queue{T2I}?fal_webhook=https://a.example", json={"prompt": "a"})
+    assert answer.status_code == 422
+    assert answer.json()["detail"][0]["type"] == "feature_not_supported"
+
+
+@pytest.mark.parametrize("host", ["[::1", "a b", "a/b", "a@b", "a:123456", "<c>"])
+def test_a_malformed_host_gets_no_urls(server: Server, host: str) -> None:
+    answer = server.http.post(T2I, json={"prompt": "a"}, headers={"host": host})
+    assert answer.status_code == 400
+
+
+def test_head(server: Server) -> None:
+    url = run(server)["images"][0]["url"]
+    for path in (url, "/health", "/ready"):
+        assert server.http.head(path).status_code == 200
+
+
 def test_unknown_paths_and_methods(server: Server) -> None:
     missing = server.http.post("/fal-ai/z-image/nothing", json={})
     assert (missing.status_code, missing.json()) == (

@@ -1,5 +1,7 @@
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from media.decode import to_image, to_picture
@@ -39,3 +41,15 @@ def test_covers_and_crops_the_centre_without_stretching() -> None:
     for axis in (rows, columns):
         assert axis.mean() == pytest.approx(119.5, abs=1)
         assert np.ptp(axis) == pytest.approx(160, abs=3)  # radius 40, scaled by 2
+
+
+@given(*[st.integers(1, 60)] * 4)
+def test_every_pair_of_sizes(width: int, height: int, to_width: int, to_height: int) -> None:
+    fitted = fit(Picture(width, height, bytes(width * height * 3)), to_width, to_height)
+    assert (fitted.width, fitted.height) == generation_size(to_width, to_height)
+
+
+@pytest.mark.parametrize("size", [(392, 392, 1024, 1024), (7, 5, 300, 150), (27, 54, 451, 451)])
+def test_sizes_whose_box_rounds_over_the_edge(size: tuple[int, int, int, int]) -> None:
+    width, height, to_width, to_height = size
+    fit(Picture(width, height, bytes(width * height * 3)), to_width, to_height)

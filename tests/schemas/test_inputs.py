@@ -52,6 +52,7 @@ def test_every_endpoint_example_is_valid() -> None:
 BAD = [
     ("prompt", 7, "string_type"),
     ("prompt", None, "string_type"),
+    ("prompt", "x" * 20_001, "string_too_long"),
     ("image_url", "ftp://example.com/a.png", "input_value_error"),
     ("image_url", "cat.png", "input_value_error"),
     ("image_size", "huge", "literal_error"),
@@ -78,7 +79,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("field", "value", "type"), BAD, ids=str)
+@pytest.mark.parametrize(("field", "value", "type"), BAD, ids=lambda value: str(value)[:40])
 def test_bad_values_are_refused_naming_the_field(field: str, value: Any, type: str) -> None:
     import json
 
@@ -103,3 +104,16 @@ def test_a_long_value_is_not_echoed_whole() -> None:
         ImageToImageInput.model_validate(body)
     (detail,) = ValidationFailed(caught.value).detail
     assert len(detail["input"]) < 300
+
+
+@pytest.mark.parametrize(
+    "body",
+    ['{"seed": NaN}', '{"seed": 1e400}', '{"strength": -Infinity}', '{"width": "%s", "height": 1}'],
+)
+def test_every_error_is_small_valid_json(body: str) -> None:
+    import json
+
+    with pytest.raises(InputError) as caught:
+        parse(I2I, body.replace("%s", "z" * 3_000_000).encode())
+    text = json.dumps(caught.value.body(), allow_nan=False)
+    assert len(text) < 2000

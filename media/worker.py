@@ -1,0 +1,61 @@
+"""A process that decodes and fits pictures for another one: `python -m media.worker`.
+
+Decoders are given bytes that strangers wrote, and some few bytes of a picture can ask for minutes or
+gigabytes. So they run here, with a limit on memory; the parent (`gateway.decoder`) keeps the clock and
+kills. One request at a time on standard input, a line of JSON and the file's bytes:
+
+    {"bytes": 38702, "image_size": "auto" | preset | {"width": w, "height": h}, "loc": [...]}
+
+answered on standard output by {"picture": [w, h], "size": [w, h]} and w·h·3 bytes, or by
+{"error": {...}}, an entry of `detail`.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from typing import Any, BinaryIO
+
+from media.decode import decode
+from media.fit import fit
+from schemas.errors import InputError
+from schemas.sizes import ImageSize, Size, requested_size
+
+MEMORY = 400 * 1024 * 1024
+"""Bytes of address space a worker may take beyond what it has after its imports. 16 megapixels of
+WebP with alpha, profile and rotation, the hungriest of honest pictures, take 330 MB."""
+
+
+def answer(data: bytes, request: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
+    """Decode one file and bring it to the requested size. Raises InputError."""
+    source = decode(data, tuple(request["loc"]))
+    wanted = request["image_size"]
+    wanted = ImageSize(**wanted) if isinstance(wanted, dict) else wanted
+    size = requested_size(wanted, Size(source.width, source.height))
+    picture = fit(source, *size)
+    return {"picture": [picture.width, picture.height], "size": list(size)}, picture.rgb
+
+
+def serve(requests: BinaryIO, answers: BinaryIO) -> None:
+    while line := requests.readline():
+        request = json.loads(line)
+        data = requests.read(request["bytes"])
+        try:
+            header, rgb = answer(data, request)
+        except InputError as error:
+            header, rgb = {"error": error.detail[0]}, b""
+        answers.write(json.dumps(header).encode() + b"\n" + rgb)
+        answers.flush()
+
+
+def limit_memory() -> None:
+    with open("/proc/self/statm") as statm:  # noqa: PTH123
+        taken = int(statm.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (taken + MEMORY,) * 2)
+
+
+if __name__ == "__main__":
+    if sys.platform == "linux":
+        limit_memory()
+    serve(sys.stdin.buffer, sys.stdout.buffer)

@@ -1,0 +1,144 @@
+"""The local platform where it is hard: cancels at any moment, stops, crashes, a disk that fails."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import sqlite3
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from gateway.jobs import Job
+from gateway.platforms import local
+from gateway.platforms.local import LocalPlatform
+from gateway.settings import Settings
+from schemas.task import EncodedImage, Progress, Result, Task
+
+BODY = b'{"prompt": "x", "image_size": {"width": 16, "height": 16}}'
+
+
+def job() -> Job:
+    return Job(str(uuid.uuid4()), "fal-ai/z-image/turbo", "key", "http://host", time.time())
+
+
+class Sleepy:
+    """An engine that takes its time and draws nothing."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.seconds, self.started = seconds, 0
+
+    async def __call__(self, task: Task, on_progress: Callable[[Progress], None]) -> Result:
+        self.started += 1
+        await asyncio.sleep(self.seconds)
+        return Result((EncodedImage(b"", False),), task.seed, task.prompt, 1, {"inference": 0.0})
+
+
+def on_platform(
+    home: Path, engine: Sleepy, scenario: Callable[[LocalPlatform], Awaitable[None]]
+) -> None:
+    async def run() -> None:
+        async with LocalPlatform(Settings(home=home), engine) as platform:
+            await asyncio.wait_for(scenario(platform), 30)
+
+    asyncio.run(run())
+
+
+async def submitted(platform: LocalPlatform) -> str:
+    it = job()
+    await platform.submit(it, BODY)
+    return it.request_id
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.002])
+def test_cancels_at_any_moment_strand_no_job(tmp_path: Path, seconds: float) -> None:
+    async def scenario(platform: LocalPlatform) -> None:
+        generator = random.Random(7)
+        waiting = []
+        for _ in range(200):
+            request_id = await submitted(platform)
+            waiting.append(asyncio.create_task(platform.wait(request_id)))
+            for _ in range(generator.randrange(6)):
+                await asyncio.sleep(0)
+            for _ in range(generator.randrange(3)):
+                await platform.cancel(request_id)
+        outcomes = await asyncio.gather(*waiting)
+        assert {outcome.status for outcome in outcomes} <= {200, 499}
+        assert await platform.ready()
+        assert (await platform.wait(await submitted(platform))).status == 200
+
+    on_platform(tmp_path, Sleepy(seconds), scenario)
+
+
+def test_an_orderly_stop_is_no_attempt(tmp_path: Path) -> None:
+    ids: list[str] = []
+
+    async def start(platform: LocalPlatform) -> None:
+        if not ids:
+            ids.append(await submitted(platform))
+        while (view := await platform.view(ids[0])) is None or view.job.attempts == 0:
+            await asyncio.sleep(0)
+
+    for _ in range(5):
+        on_platform(tmp_path, Sleepy(60), start)
+
+    async def end(platform: LocalPlatform) -> None:
+        assert (await platform.wait(ids[0])).status == 200
+
+    on_platform(tmp_path, Sleepy(), end)
+
+
+def test_only_jobs_at_the_engine_are_suspected_of_a_crash(tmp_path: Path) -> None:
+    """Waiting requests survive any number of crashes of the process."""
+    for _ in range(4):
+
+        async def crash() -> None:
+            platform = LocalPlatform(Settings(home=tmp_path), Sleepy(60))
+            await platform.__aenter__()
+            for _ in range(4 if not platform._records.queued() else 0):
+                await submitted(platform)
+            await asyncio.sleep(0.05)
+            for task in platform._tasks:  # gone, without a word to the records
+                task.cancel()
+            platform._records.hand_back = lambda job: None  # type: ignore[method-assign]
+            await asyncio.gather(*platform._tasks, return_exceptions=True)
+            platform._records.close()
+            platform._lock.close()
+
+        asyncio.run(crash())
+    with sqlite3.connect(tmp_path / "zimage.db") as db:
+        rows = db.execute("SELECT status, attempts FROM jobs ORDER BY sequence").fetchall()
+    db.close()
+    assert [attempts for _, attempts in rows[:2]] == [3, 3]  # two slots at the engine
+    assert all(status != "COMPLETED" for status, _ in rows[2:])
+
+
+def test_a_failing_disk_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "RETRY_SECONDS", 0.01)
+    failures = {"claim": 3, "finish": 3}
+
+    async def scenario(platform: LocalPlatform) -> None:
+        records = platform._records
+        claim, finish = records.claim, records.finish
+
+        def failing_claim(now: float) -> Job | None:
+            if failures["claim"]:
+                failures["claim"] -= 1
+                raise sqlite3.OperationalError("disk full")
+            return claim(now)
+
+        async def failing_finish(job: Job, outcome: object, now: float) -> None:
+            if failures["finish"]:
+                failures["finish"] -= 1
+                raise OSError("disk full")
+            await finish(job, outcome, now)  # type: ignore[arg-type]
+
+        records.claim, records.finish = failing_claim, failing_finish  # type: ignore[method-assign]
+        assert (await platform.wait(await submitted(platform))).status == 200
+        assert failures == {"claim": 0, "finish": 0}
+        assert await platform.ready()
+
+    on_platform(tmp_path, Sleepy(), scenario)
