@@ -5,7 +5,7 @@
     (id, "started")   time of its latest start
     (id, "progress")  the only entry that is overwritten
     (id, "outcome")   outcome without body, and logs: the first writer wins
-    (id, "body")      the outcome's body, written before it
+    (id, "body-…")    the outcome's body, written before it under a name of its own
 
 Entries live seven days from their last use. Imports nothing of the gateway's but plain data, so that
 the GPU container, which reports progress, needs none of its libraries.
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import uuid
 from typing import Any
 
 import modal
@@ -30,6 +31,7 @@ class Finished:
     outcome: Outcome
     at: float
     logs: list[dict[str, object]]
+    body_name: str = ""
 
 
 class ModalRecords:
@@ -54,11 +56,10 @@ class ModalRecords:
 
     async def finish(self, request_id: str, finished: Finished) -> bool:
         """Record the end; False if another end was recorded before."""
-        if await self.finished(request_id):
-            return False
-        await self._put(request_id, "body", finished.outcome.body)
+        name = f"body-{uuid.uuid4().hex}"  # of two that race, each keeps its own
+        await self._put(request_id, name, finished.outcome.body)
         bare = dataclasses.replace(finished.outcome, body=b"")
-        entry = dataclasses.replace(finished, outcome=bare)
+        entry = dataclasses.replace(finished, outcome=bare, body_name=name)
         return bool(
             await self._entries.put.aio((request_id, "outcome"), entry, skip_if_exists=True)
         )
@@ -69,10 +70,11 @@ class ModalRecords:
 
     async def outcome(self, request_id: str) -> Outcome | None:
         """The recorded end with its body."""
-        finished, body = await asyncio.gather(
-            self.finished(request_id), self._get(request_id, "body")
-        )
-        return dataclasses.replace(finished.outcome, body=body) if finished else None
+        finished = await self.finished(request_id)
+        if finished is None:
+            return None
+        body = await self._get(request_id, finished.body_name)
+        return dataclasses.replace(finished.outcome, body=body)
 
     async def load(self, request_id: str) -> tuple[Job, Progress | None] | None:
         """The job in its present state, without the outcome's body."""

@@ -29,7 +29,7 @@ class Plane:
         self.classes: list[str] = []
         self.secrets: dict[str, list[str]] = {}
         self.volumes: dict[str, int] = {}
-        self.dicts: list[str] = []
+        self.entries: dict[str, dict[bytes, bytes]] = {}
         self.images: dict[str, api.Image] = {}
         self.published = False
         self._ids = 0
@@ -70,8 +70,21 @@ class Plane:
         return api.VolumeGetOrCreateResponse(volume_id=f"vo-{request.deployment_name}")
 
     async def DictGetOrCreate(self, request: Any) -> Any:
-        self.dicts.append(request.deployment_name)
-        return api.DictGetOrCreateResponse(dict_id=f"di-{request.deployment_name}")
+        dict_id = f"di-{request.deployment_name}"
+        self.entries.setdefault(dict_id, {})
+        return api.DictGetOrCreateResponse(dict_id=dict_id)
+
+    async def DictGet(self, request: Any) -> Any:
+        value = self.entries[request.dict_id].get(request.key)
+        return api.DictGetResponse(found=value is not None, value=value)
+
+    async def DictUpdate(self, request: Any) -> Any:
+        entries, created = self.entries[request.dict_id], False
+        for update in request.updates:
+            if update.key not in entries or not request.if_not_exists:
+                created = created or update.key not in entries
+                entries[update.key] = update.value
+        return api.DictUpdateResponse(created=created)
 
     async def MountGetOrCreate(self, request: Any) -> Any:
         metadata = api.MountHandleMetadata(content_checksum_sha256_hex="0" * 64)
