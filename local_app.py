@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import json
 import logging
-import mimetypes
+import socket
+import time
+from collections.abc import Callable
+from importlib.metadata import version
 from ipaddress import ip_address
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.logging import RichHandler
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 
 from gateway.settings import Settings, SettingsError, describe, read
-from schemas.task import Acceleration, Format
+from gateway.terminal import (
+    check_writable,
+    console,
+    fail,
+    image_size,
+    image_url,
+    interruptible,
+    refused,
+    timings_table,
+)
+from schemas.task import Acceleration, Format, Result, Task
+from schemas.task import Progress as Step
 
 if TYPE_CHECKING:
     from gateway.once import Answer
@@ -31,10 +45,26 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     rich_markup_mode="markdown",
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(version("zimage-endpoint"))
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="And exit.")
+    ] = False,
+) -> None:
+    """The fal.ai Z-Image API on your own machine."""
+
+
 weights_app = typer.Typer(help="Look at weights and download them.", no_args_is_help=True)
 app.add_typer(weights_app, name="weights")
 
-console = Console(stderr=True)
 
 IMAGE_TO_IMAGE, TEXT_TO_IMAGE = "fal-ai/z-image/turbo/image-to-image", "fal-ai/z-image/turbo"
 _SUFFIXES: dict[str, Format] = {
@@ -53,7 +83,7 @@ def run(
     steps: Annotated[int | None, typer.Option(help="Denoising steps, 1 to 8. Default 8.")] = None,
     size: Annotated[
         str | None,
-        typer.Option(help="`auto`, a preset such as `landscape_4_3`, or WIDTHxHEIGHT."),
+        typer.Option(help="`auto` (the input's), a preset such as `square_hd`, or WIDTHxHEIGHT."),
     ] = None,
     num_images: Annotated[int, typer.Option(help="1 to 4 pictures.")] = 1,
     seed: Annotated[int | None, typer.Option(help="Drawn and printed if not given.")] = None,
@@ -70,7 +100,7 @@ def run(
     """Make pictures from a picture and a prompt, once, without a server."""
     output_format = format or _SUFFIXES.get(out.suffix.lower())
     if output_format is None:
-        _fail(f"--out {out}: give it a suffix of {', '.join(_SUFFIXES)}, or say --format")
+        fail(f"--out {out}: give it a suffix of {', '.join(_SUFFIXES)}, or say --format")
     body: dict[str, Any] = {
         "prompt": prompt,
         "num_images": num_images,
@@ -78,21 +108,23 @@ def run(
         "enable_safety_checker": safety,
         "strength": strength,
         "num_inference_steps": steps,
-        "image_size": _size(size),
+        "image_size": image_size(size),
         "seed": seed,
         "acceleration": acceleration,
     }
     endpoint = TEXT_TO_IMAGE
     if image != "-":
         endpoint = IMAGE_TO_IMAGE
-        body["image_url"] = _image_url(image)
+        body["image_url"] = image_url(image)
+    elif strength is not None or size == "auto":
+        fail("--strength and --size auto need an input picture")
     body = {name: value for name, value in body.items() if value is not None}
     settings = _settings(weights=weights)
     _check(endpoint, body)
-    answer = _run_once(settings, endpoint, body)
+    check_writable(out)
+    answer, loaded = _run_once(settings, endpoint, body)
     if answer.status != 200:
-        _refused(answer.body)
-    out.parent.mkdir(parents=True, exist_ok=True)
+        refused(answer.body)
     for number, data in enumerate(answer.files, start=1):
         path = out.with_stem(f"{out.stem}-{number}") if len(answer.files) > 1 else out
         path.write_bytes(data)
@@ -108,13 +140,14 @@ def run(
         )
     if print_json:
         print(json.dumps(answer.body, indent=2))
-    console.print(_timings_table(answer.body))
+    console.print(timings_table(answer.body["timings"], loaded))
     if settings.weights == "demo":
         console.print(
-            "These are small demo weights. Real ones: "
-            "[bold]zimage weights fetch Tongyi-MAI/Z-Image-Turbo[/] (about 20 GB), "
-            "then [bold]ZIMAGE_WEIGHTS=Tongyi-MAI/Z-Image-Turbo[/].",
+            "Small demo weights. Real ones (about 20 GB, needs a GPU): "
+            "zimage weights fetch Tongyi-MAI/Z-Image-Turbo, "
+            "then ZIMAGE_WEIGHTS=Tongyi-MAI/Z-Image-Turbo",
             highlight=False,
+            soft_wrap=True,
         )
 
 
@@ -123,8 +156,12 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to bind.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to bind.")] = 8000,
     home: Annotated[Path | None, typer.Option(help="State directory (ZIMAGE_HOME).")] = None,
-    tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain, PEM.")] = None,
-    tls_key: Annotated[Path | None, typer.Option(help="Private key, PEM.")] = None,
+    tls_cert: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="Certificate chain, PEM.")
+    ] = None,
+    tls_key: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="Private key, PEM.")
+    ] = None,
 ) -> None:
     """Serve the fal API from this machine until stopped; restart to continue where it was."""
     import uvicorn
@@ -141,29 +178,39 @@ def serve(
     try:
         keys = keys_for(settings, default="off" if _is_loopback(host) else "on")
     except ValueError as error:
-        _fail(str(error))
-    engine = _load(settings)
+        fail(str(error))
+
+    async def generate(task: Task, on_progress: Callable[[Step], None]) -> Result:
+        return await engine_async(task, on_progress)
+
     try:
-        platform = LocalPlatform(settings, AsyncEngine(engine))
+        platform = LocalPlatform(settings, generate)
+        listener = _bind(host, port)
     except HomeInUse as error:
-        _fail(str(error))
-    scheme = "https" if tls_cert else "http"
+        fail(str(error))
+    except OSError as error:
+        fail(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port")
+    engine = _load(settings)  # minutes, for real weights: whatever can fail sooner comes before
+    engine_async = AsyncEngine(engine)
+    shown = f"[{host}]" if ":" in host else host
+    url = f"{'https' if tls_cert else 'http'}://{shown}:{listener.getsockname()[1]}"
     console.print(
-        f"zimage on [bold]{scheme}://{host}:{port}[/] · weights {escape(settings.weights)} "
-        f"({engine.weights.revision}) on {engine.device} · "
-        f"keys {'off' if keys is None else 'on'} · docs at /docs",
+        f"zimage on {url} · documentation {url}/docs\n"
+        f"weights {settings.weights} ({engine.weights.revision}) on {engine.device} · "
+        f"keys {'off' if keys is None else 'on'} · home {settings.home}",
         highlight=False,
+        markup=False,
+        soft_wrap=True,
     )
-    uvicorn.run(
+    config = uvicorn.Config(
         create_app(settings, platform, keys),
-        host=host,
-        port=port,
         ssl_certfile=tls_cert,
         ssl_keyfile=tls_key,
         access_log=False,
         log_config=None,
         timeout_graceful_shutdown=10,
     )
+    uvicorn.Server(config).run(sockets=[listener])
 
 
 @weights_app.command("info")
@@ -176,7 +223,7 @@ def weights_info(
     try:
         weights = locate(spec or _settings().weights)
     except WeightsError as error:
-        _fail(str(error))
+        fail(str(error))
     table = Table("component", "class", "MB", title=f"{weights.spec} · {weights.revision}")
     index = json.loads((weights.path / "model_index.json").read_text())
     for name in COMPONENTS:
@@ -197,14 +244,14 @@ def weights_fetch(
     try:
         weights = fetch(spec)
     except WeightsError as error:
-        _fail(str(error))
+        fail(str(error))
     except Exception as error:  # the hub client's errors are many and speak for themselves
-        _fail(f"{spec} could not be downloaded: {error}")
+        fail(f"{spec} could not be downloaded: {error}")
     print(f"{weights.path}\nUse it with: ZIMAGE_WEIGHTS={spec}")
 
 
-def _run_once(settings: Settings, endpoint: str, body: dict[str, Any]) -> Answer:
-    """Load, run one request, show how far it is."""
+def _run_once(settings: Settings, endpoint: str, body: dict[str, Any]) -> tuple[Answer, float]:
+    """Load, run one request, show how far it is. With the seconds that loading took."""
     from gateway.once import run_once
     from inference.aio import AsyncEngine
 
@@ -214,9 +261,13 @@ def _run_once(settings: Settings, endpoint: str, body: dict[str, Any]) -> Answer
         BarColumn(),
         MofNCompleteColumn(),
     )
+    logging.basicConfig(format="%(message)s", handlers=[RichHandler(console=console)])
+    logging.getLogger("gateway.fetch").setLevel(logging.INFO)  # why a download failed
+    started = time.perf_counter()
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("loading weights", total=None)
         engine = _load(settings)
+        loaded = time.perf_counter() - started
         bar.update(task, description="preparing")
 
         def show(view: View) -> None:
@@ -226,7 +277,10 @@ def _run_once(settings: Settings, endpoint: str, body: dict[str, Any]) -> Answer
                 bar.update(task, description="denoising", completed=done, total=total)
 
         try:
-            return asyncio.run(run_once(settings, AsyncEngine(engine), endpoint, body, show))
+            once = run_once(settings, AsyncEngine(engine), endpoint, body, show)
+            return asyncio.run(interruptible(once)), loaded
+        except asyncio.CancelledError:
+            raise typer.Exit(130) from None
         finally:
             engine.close()
 
@@ -242,7 +296,7 @@ def _load(settings: Settings) -> Engine:
             safety_threshold=settings.safety_threshold,
         )
     except WeightsError as error:
-        _fail(str(error))
+        fail(str(error))
 
 
 def _settings(**overrides: object) -> Settings:
@@ -250,26 +304,16 @@ def _settings(**overrides: object) -> Settings:
     try:
         return read(Settings, **overrides)
     except SettingsError as error:
-        _fail(str(error))
+        fail(str(error))
 
 
-def _image_url(image: str) -> str:
-    if "://" in image or image.startswith("data:"):
-        return image
-    path = Path(image)
-    if not path.is_file():
-        _fail(f"IMAGE {image!r} is neither a file nor a URL (use - for text-to-image)")
-    content_type = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
-    return f"data:{content_type};base64,{base64.b64encode(path.read_bytes()).decode()}"
-
-
-def _size(size: str | None) -> object:
-    if size is None:
-        return None
-    width, x, height = size.lower().partition("x")
-    if x and width.isdigit() and height.isdigit():
-        return {"width": int(width), "height": int(height)}
-    return size
+def _bind(host: str, port: int) -> socket.socket:
+    """Take the port, without listening yet: until the weights are there, connections are refused."""
+    family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    bound = socket.socket(family)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    bound.bind(address)
+    return bound
 
 
 def _is_loopback(host: str) -> bool:
@@ -277,13 +321,6 @@ def _is_loopback(host: str) -> bool:
         return ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def _timings_table(body: dict[str, Any]) -> Table:
-    table = Table("stage", "seconds", title="where the time went")
-    for stage, seconds in body["timings"].items():
-        table.add_row(stage, f"{seconds:.3f}")
-    return table
 
 
 def _check(endpoint: str, body: dict[str, Any]) -> None:
@@ -295,25 +332,7 @@ def _check(endpoint: str, body: dict[str, Any]) -> None:
     try:
         parse(ENDPOINTS[endpoint], json.dumps(body).encode())
     except ApiError as error:
-        _refused(error.body())
-
-
-def _refused(body: dict[str, Any]) -> NoReturn:
-    detail = body["detail"]
-    if isinstance(detail, str):
-        console.print(f"[red]error:[/] {escape(detail)}", highlight=False)
-    else:
-        for item in detail:
-            name = ".".join(map(str, item["loc"][1:])) or "request"
-            console.print(
-                f"[red]{escape(name)}:[/] {escape(item['msg'])} ({item['type']})", highlight=False
-            )
-    raise typer.Exit(1)
-
-
-def _fail(message: str) -> NoReturn:
-    console.print(f"[red]error:[/] {escape(message)}", highlight=False)
-    raise typer.Exit(2)
+        refused(error.body())
 
 
 def main() -> None:

@@ -51,6 +51,11 @@ class Decoder:
         width, height = header["picture"]
         return Picture(width, height, rgb), Size(*header["size"])
 
+    async def warm_up(self) -> None:
+        """Start a process, so that the first picture does not wait for it."""
+        async with self._slots:
+            self._idle.append(await _start())
+
     async def close(self) -> None:
         while self._idle:
             await _kill(self._idle.pop())

@@ -77,16 +77,16 @@ class GuardedBackend(httpcore2.AsyncNetworkBackend):
         socket_options: Iterable[Any] | None = None,
     ) -> httpcore2.AsyncNetworkStream:
         if host.rstrip(".").lower().endswith(_REFUSED_SUFFIXES):
-            raise Refused(f"name {host}")
+            raise Refused(f"{host} is a name of private networks")
         try:
             addresses = await self._resolve(host, port)
         except (OSError, ValueError) as error:
             raise httpcore2.ConnectError(str(error)) from error
         for address in addresses:
             if not allowed(address, self._exceptions):
-                raise Refused(f"{host} is {address}")
+                raise Refused(f"{address} is not a public address; ZIMAGE_FETCH_ALLOW can allow it")
             if port not in PORTS and not allowed_port(address, self._exceptions):
-                raise Refused(f"port {port}")
+                raise Refused(f"port {port} is neither 80 nor 443")
         if not addresses:
             raise httpcore2.ConnectError(f"{host} has no address")
         return await self._inner.connect_tcp(
@@ -147,7 +147,7 @@ class Fetcher:
             httpx2.InvalidURL,
             _Unusable,
         ) as error:
-            logger.info("fetch of %.200s failed: %s: %s", url, type(error).__name__, error)
+            logger.info("fetch of %.200s failed: %s", url, error or type(error).__name__)
             raise InputError(loc, "File download error", "file_download_error", input=url) from None
 
     async def _download(self, url: str, loc: Loc) -> bytes:

@@ -87,14 +87,14 @@ async def _perform(
 
     began = clock()
     data = await _input_bytes(params, job, services)
-    timings["fetch"] = clock() - began
+    timings["input_fetch"] = clock() - began
 
     began = clock()
     picture, size = None, None
     if data is not None:
         picture, size = await services.decoder(data, params.image_size)
         log(f"input picture ready, generating {size.width}×{size.height}")
-    timings["decode"] = clock() - began
+    timings["input_decode"] = clock() - began
 
     task = make_task(params, picture, size or requested_size(params.image_size), services)
     result = await services.generate(task, on_progress)
@@ -104,7 +104,7 @@ async def _perform(
         await _store(image.data, task, job, services, inline=params.sync_mode)
         for image in result.images
     ]
-    timings["store"] = clock() - began
+    timings["output_store"] = clock() - began
 
     output = ImagesOutput(
         images=images,

@@ -32,7 +32,8 @@ class Settings(BaseSettings):
         None, description="Require keys; off by default on a loopback bind, on otherwise."
     )
     keys: SecretStr = Field(
-        SecretStr(""), description="Accepted keys, `id:secret`, comma-separated."
+        SecretStr(""),
+        description="Accepted keys, `id:secret`, comma-separated; secrets of 16 characters or more.",
     )
     fetch_allow: Annotated[tuple[Network, ...], NoDecode] = Field(
         (),

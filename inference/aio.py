@@ -38,6 +38,7 @@ class AsyncEngine:
         except asyncio.CancelledError:
             stop.set()
             await asyncio.wait([future])
+            future.exception()  # TaskCancelled, most likely: asked for, so nobody's surprise
             raise
 
     def close(self) -> None:

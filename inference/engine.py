@@ -158,7 +158,7 @@ class Engine:
                     with clock.stage("prompt_encode"):
                         prompt_embeds = self._encode_prompt(task.prompt)
                         self._synchronize()
-                    with clock.stage("image_encode"):
+                    with clock.stage("vae_encode"):
                         image_latents = self._encode_image(task.image, first_sigma)
                         self._synchronize()
                 with clock.stage("denoise"):
@@ -169,7 +169,7 @@ class Engine:
                     latents = sampling.denoise(
                         self.transformer, latents, prompt_embeds, sigmas, on_step
                     )
-                with clock.stage("image_decode"):
+                with clock.stage("vae_decode"):
                     pixels = sampling.to_pixels(self._decode_image(latents))
                     array = pixels[: task.height, : task.width].cpu().numpy()
             yield Image.fromarray(array, "RGB")

@@ -155,6 +155,8 @@ def gateway(requests: int = 400) -> list[Row]:
             post = partial(http.post, f"/fal-ai/z-image/{path}", json=body)
             seconds = [timed(post) for _ in range(requests + 50)]
             rows.append(latencies(name, seconds[50:]))
+            decoding = [post().json()["timings"]["input_decode"] for _ in range(50)]
+            rows[-1]["of it decoding, p50 ms"] = statistics.median(decoding) * 1e3
     zimage = [str(Path(sys.executable).parent / "zimage"), "serve", "--home"]
     large = {"prompt": "x", "image_size": {"width": 512, "height": 512}, "num_images": 4}
     with tempfile.TemporaryDirectory() as home, Serving(zimage, home, "--port") as http:

@@ -50,18 +50,18 @@ user assistant
 """
 
 
-def tokenizer() -> Qwen2Tokenizer:
-    """Byte-level BPE trained on CORPUS: any text has tokens, common words have short ones."""
+def tokenizer(corpus: str = CORPUS, vocabulary: int = 512) -> Qwen2Tokenizer:
+    """Byte-level BPE trained on a corpus: any text has tokens, common words have short ones."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=512,
+        vocab_size=vocabulary,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         special_tokens=SPECIAL_TOKENS,
         show_progress=False,
     )
-    bpe.train_from_iterator(CORPUS.strip().splitlines(), trainer)
+    bpe.train_from_iterator(corpus.strip().splitlines(), trainer)
     return Qwen2Tokenizer(
         tokenizer_object=bpe,
         eos_token="<|im_end|>",

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -54,10 +57,17 @@ def test_text_to_image_and_numbered_files(tmp_path: Path) -> None:
         (["nowhere.png", "x", "-o", "a.png"], 2, "neither a file nor a URL"),
         (["no[/b]where.png", "x", "-o", "a.png"], 2, "'no[/b]where.png' is neither"),
         ([CAT, "x", "-o", "a.bmp"], 2, "give it a suffix"),
+        ([CAT, "x", "-o", "/proc/a.png"], 2, "--out /proc/a.png cannot be written"),
+        ([CAT, "x", "-o", "a.png", "--size", "300"], 2, "WIDTHxHEIGHT such as 451x300"),
+        (["-", "x", "-o", "a.png", "--strength", "0.3"], 2, "need an input picture"),
         ([CAT, "x", "-o", "a.png", "--strength", "2"], 1, "strength: Input should be less than"),
-        ([CAT, "x", "-o", "a.png", "--size", "99999x1"], 1, "image_size.width"),
-        (["http://10.0.0.1/a.png", "x", "-o", "a.png"], 1, "image_url: File download error"),
-        ([__file__, "x", "-o", "a.png"], 1, "image_url: Unsupported or unrecognized image format"),
+        ([CAT, "x", "-o", "a.png", "--size", "99999x1"], 1, "--size: Input should be less than"),
+        (
+            ["http://10.0.0.1/a.png", "x", "-o", "a.png"],
+            1,
+            "is not a public address; ZIMAGE_FETCH_ALLOW",
+        ),
+        ([__file__, "x", "-o", "a.png"], 1, "IMAGE: Unsupported or unrecognized image format"),
         ([CAT, "x", "-o", "a.png", "--weights", "/nowhere"], 2, "does not exist"),
         ([CAT, "x", "-o", "a.png", "--weights", "a/b"], 2, "zimage weights fetch a/b"),
     ],
@@ -91,6 +101,36 @@ def test_serve_refuses_to_start_wrong(
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_taken_port_is_named(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = zimage("serve", "--home", tmp_path, "--port", port)
+    assert done.returncode == 2
+    assert f"cannot listen on 127.0.0.1:{port}" in done.stderr
+
+
+def test_an_interrupt_stops_after_the_step(tmp_path: Path) -> None:
+    command = [ZIMAGE, "run", "-", "x", "-o", tmp_path / "a.png", "--num-images", "4"]
+    process = subprocess.Popen(
+        [*command, "--size", "768x768"],
+        stderr=subprocess.PIPE,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    )
+    while not list(tmp_path.glob("zimage-*/zimage.db")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"stopping after this step" in errors and b"Traceback" not in errors
+    assert not list(tmp_path.glob("zimage-*"))
+
+
+def test_version() -> None:
+    assert zimage("--version").stdout.strip() == "0.1.0"
 
 
 def test_help_lists_every_setting() -> None:

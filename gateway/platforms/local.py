@@ -53,7 +53,7 @@ class LocalPlatform(Platform):
 
     def __init__(self, settings: Settings, generate: GenerateAsync) -> None:
         self._settings, self._generate = settings, generate
-        settings.home.mkdir(parents=True, exist_ok=True)
+        settings.home.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._lock = _lock(settings.home)
         self.files = DirectoryFiles(settings.home / "files")
         self._fetcher = Fetcher(settings.fetch_allow)
@@ -80,6 +80,7 @@ class LocalPlatform(Platform):
             self._queued.release()
         self._tasks = [asyncio.create_task(self._work(services)) for _ in range(PREPARING)]
         self._tasks.append(asyncio.create_task(self._housekeeping()))
+        self._warming = asyncio.create_task(self._decoder.warm_up())
         return self
 
     async def __aexit__(
@@ -94,6 +95,7 @@ class LocalPlatform(Platform):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._fetcher.close()
+        await self._warming
         await self._decoder.close()
         self._records.close()
         self._lock.close()
@@ -200,6 +202,8 @@ class LocalPlatform(Platform):
                 if self._stopping:
                     return
                 await asyncio.sleep(RETRY_SECONDS)
+        seconds = time.time() - job.created
+        logger.info("%s %s %d in %.2f s", job.request_id, job.endpoint, outcome.status, seconds)
         self._announce(job.request_id, outcome)
 
     def _announce(self, request_id: str, outcome: Outcome) -> None:

@@ -5,14 +5,17 @@ A caller that disconnects loses nothing: the job goes on and its result is in th
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
 from gateway.accept import accept, platform
+from gateway.jobs import Outcome
 from gateway.openapi import run_operation
 from gateway.responses import outcome_response
 from schemas.endpoints import ENDPOINTS, Endpoint
+from schemas.errors import ServiceError
 
 router = APIRouter()
 
@@ -20,7 +23,12 @@ router = APIRouter()
 def _add(endpoint: Endpoint) -> None:
     async def run(request: Request) -> Response:
         job = await accept(request, endpoint)
-        outcome = await platform(request).wait(job.request_id)
+        try:
+            outcome = await platform(request).wait(job.request_id)
+        except asyncio.CancelledError:  # the server stops; the job runs again when it starts
+            outcome = Outcome.of_error(
+                ServiceError(503, "The server stops; the request goes on", "runner_disconnected")
+            )
         return outcome_response(job.request_id, outcome)
 
     operation: dict[str, Any] = run_operation(endpoint)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -108,3 +109,28 @@ def test_a_home_belongs_to_one_process(tmp_path: Path) -> None:
         )
     assert second.returncode == 2
     assert "in use by another zimage process" in " ".join(second.stderr.split())
+
+
+def test_a_stopping_server_tells_its_callers(tmp_path: Path) -> None:
+    """503 with the request's id, after the grace period; and the request is done after the restart."""
+    home, port = tmp_path / "home", free_port()
+    base = f"http://127.0.0.1:{port}"
+    long = {**JOB, "image_size": {"width": 1024, "height": 1024}}
+    with ThreadPoolExecutor() as threads:
+        with serve(home, port) as process:
+            waiting = threads.submit(httpx2.post, base + T2I, json=long, timeout=60)
+            with sqlite3.connect(home / "zimage.db") as db:
+                while not db.execute("SELECT 1 FROM jobs WHERE attempts > 0").fetchall():
+                    time.sleep(0.05)
+            db.close()
+            process.send_signal(signal.SIGTERM)
+            process.wait(40)
+        answer = waiting.result()
+    if answer.status_code == 200:  # a machine so fast that the grace period was enough
+        return
+    assert (answer.status_code, answer.json()["error_type"]) == (503, "runner_disconnected")
+    with sqlite3.connect(home / "zimage.db") as db:
+        rows = db.execute("SELECT request_id, status, attempts FROM jobs").fetchall()
+    db.close()
+    assert rows == [(answer.headers["x-fal-request-id"], "IN_QUEUE", 0)]
+    assert "Traceback" not in (tmp_path / "log").read_text()

@@ -40,7 +40,9 @@ def test_a_picture_and_a_prompt(server: Server) -> None:
     assert (image["width"], image["height"]) == (64, 48) == picture(server, image).size
     assert (output["seed"], output["prompt"]) == (5, "a cat")
     assert output["has_nsfw_concepts"] == [False]
-    assert {"inference", "denoise", "fetch", "decode", "store"} <= set(output["timings"])
+    assert {"inference", "denoise", "input_fetch", "input_decode", "output_store"} <= set(
+        output["timings"]
+    )
 
 
 def test_a_prompt_alone(server: Server) -> None:

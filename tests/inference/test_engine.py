@@ -227,9 +227,9 @@ def test_timings_name_every_stage(engine: Engine, task: Task) -> None:
     assert set(timings) == {
         "inference",
         "prompt_encode",
-        "image_encode",
+        "vae_encode",
         "denoise",
-        "image_decode",
+        "vae_decode",
         "safety_check",
         "file_encode",
     }

@@ -1,0 +1,109 @@
+"""The command line's side of a request: arguments → fields, answers and errors → terminal."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import mimetypes
+import os
+import signal
+import tempfile
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from schemas.sizes import PRESETS
+
+T = TypeVar("T")
+
+console = Console(stderr=True)
+
+_OPTIONS = {
+    "prompt": "PROMPT",
+    "image_url": "IMAGE",
+    "image_size": "--size",
+    "image_size.width": "--size",
+    "image_size.height": "--size",
+    "num_inference_steps": "--steps",
+    "num_images": "--num-images",
+    "strength": "--strength",
+}
+"""A request's fields, as the command line calls them."""
+
+
+def image_url(image: str) -> str:
+    if "://" in image or image.startswith("data:"):
+        return image
+    path = Path(image)
+    if not path.is_file():
+        fail(f"IMAGE {image!r} is neither a file nor a URL (use - for text-to-image)")
+    content_type = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
+    return f"data:{content_type};base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def image_size(size: str | None) -> object:
+    if size is None or size == "auto" or size in PRESETS:
+        return size
+    width, _, height = size.lower().partition("x")
+    if not (width.isdigit() and height.isdigit()):
+        fail(f"--size {size}: give auto, WIDTHxHEIGHT such as 451x300, or {', '.join(PRESETS)}")
+    return {"width": int(width), "height": int(height)}
+
+
+def check_writable(out: Path) -> None:
+    """Before minutes are spent on pictures that could not be kept."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
+    except OSError as error:
+        fail(f"--out {out} cannot be written: {error.strerror}")
+    if out.is_dir():
+        fail(f"--out {out} is a directory")
+
+
+async def interruptible(work: Coroutine[Any, Any, T]) -> T:
+    """The first interrupt stops between two steps, the second at once."""
+    task = asyncio.create_task(work)
+
+    def stop() -> None:
+        if task.cancelling():
+            os._exit(130)
+        console.print("stopping after this step; once more to stop at once")
+        task.cancel()
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGINT, stop)
+    return await task
+
+
+def timings_table(timings: dict[str, float], loaded: float) -> Table:
+    table = Table("stage", "seconds", title="where the time went")
+    table.add_row("load weights", f"{loaded:.3f}")
+    outside = ("inference", "input_fetch", "input_decode", "output_store")
+    for stage in sorted(timings, key=lambda stage: stage not in outside[1:3]):
+        table.add_row(stage if stage in outside else f"  {stage}", f"{timings[stage]:.3f}")
+    return table
+
+
+def refused(body: dict[str, Any]) -> NoReturn:
+    detail = body["detail"]
+    if isinstance(detail, str):
+        console.print(f"[red]error:[/] {escape(detail)}", highlight=False)
+    else:
+        for item in detail:
+            name = ".".join(map(str, item["loc"][1:])) or "request"
+            name = _OPTIONS.get(name, name)
+            console.print(
+                f"[red]{escape(name)}:[/] {escape(item['msg'])} ({item['type']})", highlight=False
+            )
+    raise typer.Exit(1)
+
+
+def fail(message: str) -> NoReturn:
+    console.print(f"[red]error:[/] {escape(message)}", highlight=False)
+    raise typer.Exit(2)
