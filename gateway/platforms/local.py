@@ -95,7 +95,7 @@ class LocalPlatform(Platform):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._fetcher.close()
-        await self._warming
+        await asyncio.gather(self._warming, return_exceptions=True)
         await self._decoder.close()
         self._records.close()
         self._lock.close()
@@ -143,7 +143,7 @@ class LocalPlatform(Platform):
         return bool(self._tasks) and not any(task.done() for task in self._tasks)
 
     async def _work(self, services: Services) -> None:
-        while True:
+        while not self._stopping:
             await self._queued.acquire()
             try:
                 if job := self._records.claim(time.time()):
@@ -162,9 +162,11 @@ class LocalPlatform(Platform):
         try:
             await asyncio.wait([run.task])
         except asyncio.CancelledError:
-            run.task.cancel()
+            by_client = run.task.cancelling() > 0
+            if not by_client:
+                run.task.cancel()
             await asyncio.wait([run.task])
-            if run.task.cancelled():
+            if run.task.cancelled() and not by_client:
                 self._records.hand_back(job)
                 raise
         finally:

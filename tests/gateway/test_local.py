@@ -142,3 +142,38 @@ def test_a_failing_disk_is_waited_for(tmp_path: Path, monkeypatch: pytest.Monkey
         assert await platform.ready()
 
     on_platform(tmp_path, Sleepy(), scenario)
+
+
+def test_a_stop_keeps_what_is_finished_and_what_was_cancelled(tmp_path: Path) -> None:
+    """Stop while a result is being recorded, and just after a client's cancel: both are final."""
+    ids: dict[str, str] = {}
+
+    async def stop_while(moment: str) -> None:
+        platform = LocalPlatform(Settings(home=tmp_path), Sleepy(0.05))
+        async with platform:
+            ids[moment] = await submitted(platform)
+            while (view := await platform.view(ids[moment])) is None or not view.job.attempts:
+                await asyncio.sleep(0)
+            if moment == "cancelled":
+                await platform.cancel(ids[moment])
+            else:
+                finish = platform._records.finish
+
+                async def slowly(*arguments: object) -> None:
+                    await asyncio.sleep(0.1)
+                    await finish(*arguments)  # type: ignore[arg-type]
+
+                platform._records.finish = slowly  # type: ignore[method-assign]
+                await asyncio.sleep(0.1)
+
+    for moment in ("cancelled", "finishing"):
+        asyncio.run(asyncio.wait_for(stop_while(moment), 10))
+
+    async def look(platform: LocalPlatform) -> None:
+        statuses = {}
+        for moment, request_id in ids.items():
+            outcome = await platform.outcome(request_id)
+            statuses[moment] = outcome and outcome.status
+        assert statuses == {"cancelled": 499, "finishing": 200}
+
+    on_platform(tmp_path, Sleepy(), look)
