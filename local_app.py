@@ -185,9 +185,12 @@ def serve(
 
     try:
         platform = LocalPlatform(settings, generate)
-        listener = _bind(host, port)
     except HomeInUse as error:
         fail(str(error))
+    except OSError as error:
+        fail(f"ZIMAGE_HOME {settings.home} cannot be used: {error.strerror}")
+    try:
+        listener = _bind(host, port)
     except OSError as error:
         fail(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port")
     engine = _load(settings)  # minutes, for real weights: whatever can fail sooner comes before

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import sys
 from typing import Any
@@ -20,6 +21,20 @@ from schemas.task import Picture
 SECONDS = 5.0
 WORKERS = 2
 _MAX_HEADER = 64 * 1024
+_START_SECONDS = 60.0
+_NEEDED = ("LD_LIBRARY_PATH", "PYTHONHOME")
+
+_DIED = (
+    TimeoutError,
+    asyncio.IncompleteReadError,
+    asyncio.LimitOverrunError,
+    ConnectionError,
+    RuntimeError,  # uvloop's word for a closed pipe
+    ValueError,
+)
+"""What talking to a process raises that is late, gone or out of its mind."""
+
+logger = logging.getLogger(__name__)
 
 
 class Decoder:
@@ -35,11 +50,11 @@ class Decoder:
     ) -> tuple[Picture, Size]:
         """Raises InputError, of the types of `media.decode.decode`."""
         async with self._slots:
-            process = self._idle.pop() if self._idle else await _start()
+            process = self._take_idle() or await _start()
             try:
                 async with asyncio.timeout(self._seconds):
                     header, rgb = await _ask(process, data, image_size, loc)
-            except (TimeoutError, asyncio.IncompleteReadError, ConnectionError, ValueError):
+            except _DIED:
                 await _kill(process)
                 raise InputError(loc, "Image load error", "image_load_error") from None
             except BaseException:
@@ -52,9 +67,20 @@ class Decoder:
         return Picture(width, height, rgb), Size(*header["size"])
 
     async def warm_up(self) -> None:
-        """Start a process, so that the first picture does not wait for it."""
+        """Start a process, so that the first picture does not wait for it. Logs if that fails."""
         async with self._slots:
-            self._idle.append(await _start())
+            try:
+                self._idle.append(await _start())
+            except Exception:
+                logger.exception("pictures cannot be decoded")
+
+    def _take_idle(self) -> asyncio.subprocess.Process | None:
+        """A process that waits for work; those that were killed meanwhile are forgotten."""
+        while self._idle:
+            process = self._idle.pop()
+            if process.returncode is None:
+                return process
+        return None
 
     async def close(self) -> None:
         while self._idle:
@@ -62,8 +88,10 @@ class Decoder:
 
 
 async def _start() -> asyncio.subprocess.Process:
-    return await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "media.worker"),
+    """A process that has said it is ready. Raises RuntimeError when it does not come up."""
+    process = await asyncio.create_subprocess_exec(
+        # -P: without it, Python would import from the directory the server was started in.
+        *(sys.executable, "-P", "-m", "media.worker"),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         limit=_MAX_HEADER,
@@ -73,8 +101,20 @@ async def _start() -> asyncio.subprocess.Process:
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
             "MALLOC_ARENA_MAX": "1",  # arenas of decoder threads count as address space
             "OPENBLAS_NUM_THREADS": "1",
+            **{name: os.environ[name] for name in _NEEDED if name in os.environ},
         },
     )
+    assert process.stdout is not None
+    try:
+        async with asyncio.timeout(_START_SECONDS):
+            await process.stdout.readuntil(b"\n")
+    except _DIED:
+        await _kill(process)
+        raise RuntimeError("the process that decodes pictures does not start") from None
+    except BaseException:
+        await _kill(process)
+        raise
+    return process
 
 
 async def _ask(

@@ -89,11 +89,11 @@ class Job:
         else:
             self.status, self.started = "IN_QUEUE", None
 
-    def hand_back(self) -> None:
-        """The process that runs it stops in good order; nobody's fault."""
+    def hand_back(self, attempted: bool) -> None:
+        """The process that runs it stops in good order: nobody's fault, so no attempt."""
         self._expect("IN_PROGRESS")
         self.status, self.started = "IN_QUEUE", None
-        self.attempts = max(0, self.attempts - 1)
+        self.attempts -= attempted
 
     def cancel(self, now: float) -> None:
         """Stop before it began. A running job is cancelled by whoever runs it, through `finish`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -37,8 +38,11 @@ class AsyncEngine:
             return await asyncio.shield(future)
         except asyncio.CancelledError:
             stop.set()
-            await asyncio.wait([future])
-            future.exception()  # TaskCancelled, most likely: asked for, so nobody's surprise
+            # TaskCancelled, most likely: asked for, so nobody's surprise.
+            future.add_done_callback(lambda future: future.cancelled() or future.exception())
+            while not future.done():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait([future])
             raise
 
     def close(self) -> None:

@@ -2,7 +2,8 @@
 
 Decoders are given bytes that strangers wrote, and some few bytes of a picture can ask for minutes or
 gigabytes. So they run here, with a limit on memory; the parent (`gateway.decoder`) keeps the clock and
-kills. One request at a time on standard input, a line of JSON and the file's bytes:
+kills. It says "ready", then takes one request at a time on standard input, a line of JSON and the
+file's bytes:
 
     {"bytes": 38702, "image_size": "auto" | preset | {"width": w, "height": h}, "loc": [...]}
 
@@ -14,8 +15,11 @@ from __future__ import annotations
 
 import json
 import resource
+import signal
 import sys
 from typing import Any, BinaryIO
+
+from PIL import AvifImagePlugin
 
 from media.decode import decode
 from media.fit import fit
@@ -25,6 +29,13 @@ from schemas.sizes import ImageSize, Size, requested_size
 MEMORY = 400 * 1024 * 1024
 """Bytes of address space a worker may take beyond what it has after its imports. 16 megapixels of
 WebP with alpha, profile and rotation, the hungriest of honest pictures, take 330 MB."""
+
+
+LIFETIME = 60
+"""Seconds on one picture; the parent's patience is shorter."""
+
+# One thread for each core is the default, and each takes address space.
+AvifImagePlugin.DEFAULT_MAX_THREADS = 2
 
 
 def answer(data: bytes, request: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
@@ -38,14 +49,18 @@ def answer(data: bytes, request: dict[str, Any]) -> tuple[dict[str, Any], bytes]
 
 
 def serve(requests: BinaryIO, answers: BinaryIO) -> None:
+    answers.write(b"ready\n")
+    answers.flush()
     while line := requests.readline():
         request = json.loads(line)
         data = requests.read(request["bytes"])
+        signal.alarm(LIFETIME)  # ends this process, should the parent be gone by then
         try:
             header, rgb = answer(data, request)
         except InputError as error:
             header, rgb = {"error": error.detail[0]}, b""
         answers.write(json.dumps(header).encode() + b"\n" + rgb)
+        signal.alarm(0)
         answers.flush()
 
 

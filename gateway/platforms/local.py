@@ -155,8 +155,8 @@ class LocalPlatform(Platform):
 
     async def _run(self, job: Job, services: Services) -> None:
         """Bring a job to its end; or, when the platform stops meanwhile, back to the queue."""
-        run = _Run(job)
-        services = replace(services, generate=partial(self._on_engine, job))
+        run, stopped = _Run(job), False
+        services = replace(services, generate=partial(self._on_engine, run))
         run.task = asyncio.create_task(self._perform(run, services))
         self._running[job.request_id] = run
         try:
@@ -167,30 +167,28 @@ class LocalPlatform(Platform):
                 run.task.cancel()
             await asyncio.wait([run.task])
             if run.task.cancelled() and not by_client:
-                self._records.hand_back(job)
+                self._records.hand_back(job, run.attempted)
                 raise
+            stopped = True
         finally:
             del self._running[job.request_id]
-        # Cancelled by the client, then: perform turns everything else into an outcome.
-        ended = Outcome.of_error(Cancelled()) if run.task.cancelled() else run.task.result()
-        finishing = asyncio.create_task(self._finish(job, ended))
+        finishing = asyncio.create_task(self._finish(job, run.outcome()))
         try:
             await asyncio.shield(finishing)
         except asyncio.CancelledError:
             await asyncio.wait([finishing])
             raise
+        if stopped:
+            raise asyncio.CancelledError
 
     async def _perform(self, run: _Run, services: Services) -> Outcome:
-        try:
-            body = await self._records.body(run.job.request_id)
-        except OSError:
-            logger.exception("request %s: its body cannot be read", run.job.request_id)
-            return Outcome.of_error(internal_error())
+        body = await self._records.body(run.job.request_id)
         return await perform(run.job, body, services, run.on_progress, run.log)
 
-    async def _on_engine(self, job: Job, task: Task, on_progress: OnProgress) -> Result:
+    async def _on_engine(self, run: _Run, task: Task, on_progress: OnProgress) -> Result:
         async with self._engine_slots:
-            self._records.count_attempt(job)
+            self._records.count_attempt(run.job)
+            run.attempted = True
             return await self._generate(task, on_progress)
 
     async def _finish(self, job: Job, outcome: Outcome) -> None:
@@ -230,6 +228,16 @@ class _Run:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.progress: Progress | None = None
+        self.attempted = False
+
+    def outcome(self) -> Outcome:
+        """Of the ended task. `perform` raises nothing, so what did is the disk, or a bug of ours."""
+        if self.task.cancelled():
+            return Outcome.of_error(Cancelled())
+        if error := self.task.exception():
+            logger.error("request %s failed", self.job.request_id, exc_info=error)
+            return Outcome.of_error(internal_error())
+        return self.task.result()
 
     def on_progress(self, progress: Progress) -> None:
         self.progress = progress

@@ -17,7 +17,6 @@ from types import TracebackType
 from typing import Any
 
 import modal
-from grpclib import GRPCError
 
 from gateway.addresses import Network
 from gateway.decoder import Decoder
@@ -36,6 +35,16 @@ logger = logging.getLogger(__name__)
 
 LOST_SECONDS = 30.0
 """Age of an unfinished request from which a look at its status asks Modal whether it still runs."""
+
+
+LOST = (
+    modal.exception.RemoteError,
+    modal.exception.InternalFailure,
+    modal.exception.ExecutionError,
+    modal.exception.OutputExpiredError,
+    modal.exception.DeserializationError,
+)
+"""What Modal answers about a call that has ended badly. Errors of the connection are not among them."""
 
 
 class EngineFailure(Exception):
@@ -137,11 +146,9 @@ class ModalPlatform(Platform):
             return outcome
         except TimeoutError:  # the builtin: still running
             return None
-        except (modal.exception.ConnectionError, GRPCError):
-            raise  # says nothing about the job
         except modal.exception.FunctionTimeoutError:
             lost = ServiceError(504, "The request took too long", "generation_timeout")
-        except Exception as error:
+        except LOST as error:
             logger.warning("request %s was lost: %r", request_id, error)
             lost = ServiceError(503, "The runner disconnected", "runner_disconnected")
         await self._records.finish(request_id, Finished(Outcome.of_error(lost), time.time(), []))

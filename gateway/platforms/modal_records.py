@@ -117,3 +117,5 @@ class ProgressReporter:
         if self._writing is None or self._writing.done():
             write = self._records.set_progress(self._request_id, progress)
             self._writing = asyncio.create_task(write)
+            # A step that was not reported is no reason for anything.
+            self._writing.add_done_callback(lambda task: task.cancelled() or task.exception())

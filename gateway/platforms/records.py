@@ -11,6 +11,8 @@ import asyncio
 import json
 import sqlite3
 import time
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -110,11 +112,16 @@ class Records:
         return await asyncio.to_thread(self._path(request_id, "input").read_bytes)
 
     async def finish(self, job: Job, outcome: Outcome, now: float) -> None:
-        """Record the outcome and drop the request body, which nobody needs any more."""
+        """Record the outcome and drop the request body, which nobody needs any more.
+
+        May be repeated after an error: `job` itself stays as it is.
+        """
         inline = await self._spool(job.request_id, "output", outcome.body)
-        job.finish(outcome, now)
-        self._update(job, inline)
-        self._path(job.request_id, "input").unlink(missing_ok=True)
+        finished = replace(job)
+        finished.finish(outcome, now)
+        self._update(finished, inline)
+        with suppress(OSError):  # an orphan goes at the next start
+            self._path(job.request_id, "input").unlink(missing_ok=True)
 
     def cancel_queued(self, request_id: str, now: float) -> Job | None:
         """Finish a queued job as cancelled; None if it is not queued."""
@@ -162,9 +169,9 @@ class Records:
         job.attempt()
         self._update(job, None)
 
-    def hand_back(self, job: Job) -> None:
+    def hand_back(self, job: Job, attempted: bool) -> None:
         """Back to the queue, in its old place, at an orderly stop."""
-        job.hand_back()
+        job.hand_back(attempted)
         self._update(job, None)
 
     def queued(self) -> int:

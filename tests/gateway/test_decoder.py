@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TypeVar
 
 import pytest
+import uvloop
 from PIL import Image, ImageCms
 
 from gateway.decoder import Decoder
@@ -115,13 +117,35 @@ def _children() -> set[str]:
     return {pid for task in tasks.iterdir() for pid in (task / "children").read_text().split()}
 
 
-def test_a_decoder_that_dies_is_replaced() -> None:
-    async def scenario(decoder: Decoder) -> None:
-        await decoder(CAT_BYTES, "auto")
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_a_process_that_was_killed_is_replaced_unnoticed(loop: str) -> None:
+    async def scenario() -> None:
+        decoder = Decoder()
+        await decoder.warm_up()
         decoder._idle[0].kill()
         await decoder._idle[0].wait()
-        with pytest.raises(InputError):
-            await decoder(CAT_BYTES, "auto")
-        await decoder(CAT_BYTES, "auto")
+        picture, _ = await decoder(CAT_BYTES, "auto")
+        assert picture.width == 464
+        await decoder.close()
 
-    with_decoder(scenario)
+    factory = uvloop.new_event_loop if loop == "uvloop" else None
+    with asyncio.Runner(loop_factory=factory) as runner:
+        runner.run(scenario())
+
+
+def test_the_directory_of_the_server_is_not_imported_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "schemas.py").write_text("raise SystemExit('imported')")
+    monkeypatch.chdir(tmp_path)
+    with_decoder(lambda decoder: decoder(CAT_BYTES, "auto"))
+
+
+def test_a_process_that_does_not_start_is_not_the_pictures_fault(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(RuntimeError, match="does not start"):
+        with_decoder(lambda decoder: decoder(CAT_BYTES, "auto"))
+    with_decoder(lambda decoder: decoder.warm_up())
+    assert "pictures cannot be decoded" in caplog.text

@@ -38,7 +38,7 @@ def test_a_job_handed_back_has_made_no_attempt() -> None:
     for _ in range(2 * MAX_ATTEMPTS):
         it.start(2.0)
         it.attempt()
-        it.hand_back()
+        it.hand_back(attempted=True)
     assert (it.status, it.started, it.attempts) == ("IN_QUEUE", None, 0)
 
 
@@ -67,7 +67,7 @@ def test_everything_else_is_illegal(first: list[str]) -> None:
         "finish": lambda it: it.finish(DONE, 3.0),
         "attempt": lambda it: it.attempt(),
         "interrupt": lambda it: it.interrupt(3.0),
-        "hand_back": lambda it: it.hand_back(),
+        "hand_back": lambda it: it.hand_back(attempted=False),
         "cancel": lambda it: it.cancel(3.0),
     }
     allowed = {(): {"start", "cancel"}, ("start",): {"finish", "attempt", "interrupt", "hand_back"}}

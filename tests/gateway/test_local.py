@@ -103,7 +103,7 @@ def test_only_jobs_at_the_engine_are_suspected_of_a_crash(tmp_path: Path) -> Non
             await asyncio.sleep(0.05)
             for task in platform._tasks:  # gone, without a word to the records
                 task.cancel()
-            platform._records.hand_back = lambda job: None  # type: ignore[method-assign]
+            platform._records.hand_back = lambda *_: None  # type: ignore[method-assign]
             await asyncio.gather(*platform._tasks, return_exceptions=True)
             platform._records.close()
             platform._lock.close()
@@ -118,27 +118,36 @@ def test_only_jobs_at_the_engine_are_suspected_of_a_crash(tmp_path: Path) -> Non
 
 def test_a_failing_disk_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local, "RETRY_SECONDS", 0.01)
-    failures = {"claim": 3, "finish": 3}
+    failures = {"claim": 3, "update": 3, "body": 1}
 
     async def scenario(platform: LocalPlatform) -> None:
         records = platform._records
-        claim, finish = records.claim, records.finish
+        claim, update, body = records.claim, records._update, records.body
+
+        def fail(name: str) -> None:
+            if failures[name]:
+                failures[name] -= 1
+                raise sqlite3.OperationalError("database or disk is full")
 
         def failing_claim(now: float) -> Job | None:
-            if failures["claim"]:
-                failures["claim"] -= 1
-                raise sqlite3.OperationalError("disk full")
+            fail("claim")
             return claim(now)
 
-        async def failing_finish(job: Job, outcome: object, now: float) -> None:
-            if failures["finish"]:
-                failures["finish"] -= 1
-                raise OSError("disk full")
-            await finish(job, outcome, now)  # type: ignore[arg-type]
+        def failing_update(job: Job, output: bytes | None) -> None:
+            if job.status == "COMPLETED":
+                fail("update")
+            update(job, output)
 
-        records.claim, records.finish = failing_claim, failing_finish  # type: ignore[method-assign]
+        async def failing_body(request_id: str) -> bytes:
+            fail("body")
+            return await body(request_id)
+
+        records.claim = failing_claim  # type: ignore[method-assign]
+        records._update = failing_update  # type: ignore[method-assign]
+        records.body = failing_body  # type: ignore[method-assign]
+        assert (await platform.wait(await submitted(platform))).status == 500  # it had no body
         assert (await platform.wait(await submitted(platform))).status == 200
-        assert failures == {"claim": 0, "finish": 0}
+        assert not any(failures.values())
         assert await platform.ready()
 
     on_platform(tmp_path, Sleepy(), scenario)
