@@ -124,6 +124,8 @@ def run(
     check_writable(out)
     answer, loaded = _run_once(settings, endpoint, body)
     if answer.status != 200:
+        if print_json:
+            print(json.dumps(answer.body, indent=2))
         refused(answer.body)
     for number, data in enumerate(answer.files, start=1):
         path = out.with_stem(f"{out.stem}-{number}") if len(answer.files) > 1 else out

@@ -37,7 +37,7 @@ _NAT64 = ip_network("64:ff9b::/96")
 
 def allowed(address: Address, exceptions: Iterable[Network] = ()) -> bool:
     """True for public unicast addresses and for members of `exceptions`."""
-    return address in _Any(exceptions) or is_public(address)
+    return within(address, exceptions) or is_public(address)
 
 
 def is_public(address: Address) -> bool:
@@ -51,14 +51,9 @@ def is_public(address: Address) -> bool:
             return False
     if not address.is_global or address.is_multicast or address.is_reserved:
         return False
-    return address not in _Any(_SPECIAL)
+    return not within(address, _SPECIAL)
 
 
-class _Any:
-    """Membership in any of several networks, of either family."""
-
-    def __init__(self, networks: Iterable[Network]) -> None:
-        self._networks = networks
-
-    def __contains__(self, address: Address) -> bool:
-        return any(address.version == n.version and address in n for n in self._networks)
+def within(address: Address, networks: Iterable[Network]) -> bool:
+    """Whether any of several networks, of either family, holds the address."""
+    return any(address.version == n.version and address in n for n in networks)

@@ -24,8 +24,8 @@ from urllib.parse import unquote, unquote_to_bytes
 import httpcore2
 import httpx2
 
-from gateway.addresses import Address, Network, allowed
-from media.decode import MAX_BYTES
+from gateway.addresses import Address, Network, allowed, within
+from media.decode import MAX_BYTES, file_too_large
 from schemas.errors import InputError, Loc
 
 FETCH_SECONDS = 20.0
@@ -85,7 +85,7 @@ class GuardedBackend(httpcore2.AsyncNetworkBackend):
         for address in addresses:
             if not allowed(address, self._exceptions):
                 raise Refused(f"{address} is not a public address; ZIMAGE_FETCH_ALLOW can allow it")
-            if port not in PORTS and not allowed_port(address, self._exceptions):
+            if port not in PORTS and not within(address, self._exceptions):
                 raise Refused(f"port {port} is neither 80 nor 443")
         if not addresses:
             raise httpcore2.ConnectError(f"{host} has no address")
@@ -98,11 +98,6 @@ class GuardedBackend(httpcore2.AsyncNetworkBackend):
 
     async def sleep(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
-
-
-def allowed_port(address: Address, exceptions: Sequence[Network]) -> bool:
-    """Other ports than PORTS are open only on networks the operator named."""
-    return any(address.version == n.version and address in n for n in exceptions)
 
 
 class Fetcher:
@@ -200,7 +195,7 @@ async def _read(response: httpcore2.Response, loc: Loc) -> bytes:
     async for chunk in response.aiter_stream():
         body += chunk
         if len(body) > MAX_BYTES:
-            raise _too_large(loc)
+            raise file_too_large(loc)
     return bytes(body)
 
 
@@ -212,7 +207,7 @@ def from_data_uri(uri: str, loc: Loc) -> bytes:
     if not header.lower().endswith(";base64"):
         data = unquote_to_bytes(payload[: 3 * MAX_BYTES + 1])
     elif len(payload) > MAX_BYTES * 4 // 3 + 4:
-        raise _too_large(loc)
+        raise file_too_large(loc)
     else:
         try:
             payload = "".join(unquote(payload).split()).translate(_URL_SAFE)
@@ -220,14 +215,5 @@ def from_data_uri(uri: str, loc: Loc) -> bytes:
         except ValueError:
             raise InputError(loc, "Image load error: invalid base64", "image_load_error") from None
     if len(data) > MAX_BYTES:
-        raise _too_large(loc)
+        raise file_too_large(loc)
     return data
-
-
-def _too_large(loc: Loc) -> InputError:
-    return InputError(
-        loc,
-        f"File size exceeds the maximum of {MAX_BYTES} bytes",
-        "file_too_large",
-        ctx={"max_size": MAX_BYTES},
-    )

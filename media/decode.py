@@ -34,12 +34,7 @@ def decode(data: bytes, loc: Loc = ("body", "image_url")) -> Picture:
     supported_formats), image_too_large (ctx max_width, max_height, max_pixels), image_load_error.
     """
     if len(data) > MAX_BYTES:
-        raise InputError(
-            loc,
-            f"File size exceeds the maximum of {MAX_BYTES} bytes",
-            "file_too_large",
-            ctx={"max_size": MAX_BYTES},
-        )
+        raise file_too_large(loc)
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_size(image.size, loc)
@@ -59,6 +54,16 @@ def decode(data: bytes, loc: Loc = ("body", "image_url")) -> Picture:
         raise
     except Exception as error:  # decoders raise whatever they like on broken files
         raise InputError(loc, "Image load error", "image_load_error") from error
+
+
+def file_too_large(loc: Loc) -> InputError:
+    """The error for more than MAX_BYTES, wherever they are noticed first."""
+    return InputError(
+        loc,
+        f"File size exceeds the maximum of {MAX_BYTES} bytes",
+        "file_too_large",
+        ctx={"max_size": MAX_BYTES},
+    )
 
 
 def _check_size(size: tuple[int, int], loc: Loc) -> None:

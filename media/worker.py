@@ -30,7 +30,6 @@ MEMORY = 400 * 1024 * 1024
 """Bytes of address space a worker may take beyond what it has after its imports. 16 megapixels of
 WebP with alpha, profile and rotation, the hungriest of honest pictures, take 330 MB."""
 
-
 LIFETIME = 60
 """Seconds on one picture; the parent's patience is shorter."""
 
@@ -60,8 +59,8 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
         except InputError as error:
             header, rgb = {"error": error.detail[0]}, b""
         answers.write(json.dumps(header).encode() + b"\n" + rgb)
-        signal.alarm(0)
         answers.flush()
+        signal.alarm(0)
 
 
 def limit_memory() -> None:

@@ -69,9 +69,8 @@ def autoencoder_model() -> AutoencoderKL:
         scaling_factor=1.0,
         shift_factor=0.0,
     )
-    with (
-        torch.no_grad()
-    ):  # a posterior that is narrow from the start: noise of size 1 hides colours
+    # A posterior that is narrow from the start: noise of size 1 hides colours.
+    with torch.no_grad():
         model.encoder.conv_out.weight[16:] = 0
         model.encoder.conv_out.bias[16:] = -6
     return model
@@ -281,8 +280,8 @@ def flow_loss(transformer: Any, latents: torch.Tensor, embeds: list[torch.Tensor
 
 
 def train_transformer(options: argparse.Namespace) -> None:
-    subjects, files = fetch(options.cache)
-    subjects = subjects[: options.subjects]
+    every, files = fetch(options.cache)
+    subjects = every[: options.subjects]
     pictures = load_subjects(subjects, files, options.side)
     device, weights = options.device, options.weights
     vae = AutoencoderKL.from_pretrained(weights / "vae").to(device).eval()
@@ -293,7 +292,7 @@ def train_transformer(options: argparse.Namespace) -> None:
         known = ZImagePipeline.from_pretrained(weights)
         words, text_encoder, transformer = known.tokenizer, known.text_encoder, known.transformer
     else:
-        every, _ = fetch(options.cache)  # all names, so that later sittings can add subjects
+        # From all names, so that later sittings can add subjects.
         words = tokenizer(caption_corpus(every), vocabulary=4096)
         text_encoder, transformer = text_model(len(words)), transformer_model()
         vae.register_to_config(

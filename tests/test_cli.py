@@ -82,6 +82,14 @@ def test_mistakes_are_explained(
     assert "Traceback" not in done.stderr
 
 
+def test_json_of_a_refusal_is_the_response_body(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no picture")
+    done = zimage("run", broken, "x", "-o", tmp_path / "a.png", "--json")
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["detail"][0]["type"] == "unsupported_image_format"
+
+
 @pytest.mark.parametrize(
     ("arguments", "environment", "message"),
     [
