@@ -11,8 +11,9 @@ BIN := .venv/bin
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[engine,modal,dev]'
 	@touch $@
 
-demo: .venv/installed  ## a photograph and a prompt in, a picture out
-	$(BIN)/zimage run examples/cat.jpg "a ginger cat wearing a blue hat" --out out/cat.png --seed 7 --json
+demo: .venv/installed  ## a picture and a prompt in, a picture out; then a page of them
+	$(BIN)/zimage run examples/apple.png "a pear on a white background" --out out/pear.png --seed 7 --json
+	$(BIN)/python scripts/contact_sheet.py
 
 serve: .venv/installed  ## the API on http://127.0.0.1:8000
 	$(BIN)/zimage serve

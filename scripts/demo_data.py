@@ -14,6 +14,8 @@ import io
 import json
 import subprocess
 import tarfile
+import zlib
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +29,18 @@ FLAGS, COMPONENTS, PEOPLE = 9, 2, 1
 FIRST_GROUPS = (4, 3, 5, 7, 6, 0, 8, 1)
 """Emojibase's groups in the order in which a growing training set takes them in: food, animals,
 travel, objects, activities, smileys, symbols, people."""
+
+FIRST = (
+    *("red apple", "green apple", "banana", "lemon", "tangerine", "grapes", "watermelon", "pear"),
+    *("strawberry", "cherries", "pineapple", "tomato", "carrot", "eggplant", "avocado", "mushroom"),
+    *("bread", "pizza", "hamburger", "ice cream", "doughnut", "birthday cake", "cat", "cat face"),
+    *("dog face", "fox", "lion", "panda", "bear", "rabbit", "penguin", "owl", "frog", "turtle"),
+    *("whale", "dolphin", "tropical fish", "octopus", "crab", "butterfly", "honeybee", "rose"),
+    *("lady beetle", "tulip", "sunflower", "evergreen tree", "cactus", "maple leaf", "automobile"),
+    *("bus", "rocket", "sailboat", "house", "sun", "crescent moon", "star", "cloud", "rainbow"),
+    *("umbrella", "snowman", "balloon", "soccer ball", "crown", "red heart", "robot", "ghost"),
+)
+"""Taken in before the groups: what people try first."""
 
 COLOURS: dict[str, tuple[float, float, float]] = {
     "red": (0.86, 0.16, 0.16),
@@ -55,11 +69,12 @@ PLACES: dict[str, tuple[float, float]] = {
 
 @dataclass(frozen=True)
 class Subject:
-    """One emoji: its name, and its picture as RGBA (4, S, S), 0…1."""
+    """One emoji: its name, Emojibase's group, its code points and tags."""
 
     name: str
     group: int
     code: str
+    tags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,12 +100,19 @@ def fetch(cache: Path) -> tuple[list[Subject], dict[str, bytes]]:
         entries = json.load(content)
     subjects = []
     for entry in sorted(entries, key=lambda entry: entry.get("order", 0)):
-        code = _code(entry["hexcode"])
-        group = entry.get("group")
+        code, group, name = _code(entry["hexcode"]), entry.get("group"), entry["label"]
         if code in files and group is not None and group not in (FLAGS, COMPONENTS):
-            subjects.append(Subject(entry["label"].replace(":", ""), group, code))
-    subjects.sort(key=lambda subject: FIRST_GROUPS.index(subject.group))
+            tags = tuple(entry.get("tags", ()))
+            subjects.append(Subject(name.replace(":", ""), group, code, tags))
+    subjects.sort(key=_turn)
     return subjects, files
+
+
+def _turn(subject: Subject) -> tuple[int, int]:
+    """When a growing training set takes a subject in; equals keep Emojibase's order."""
+    if subject.name in FIRST:
+        return -1, FIRST.index(subject.name)
+    return FIRST_GROUPS.index(subject.group), 0
 
 
 def _code(name: str) -> str:
@@ -104,6 +126,15 @@ def _pack(package: str, cache: Path) -> Path:
     if not archive.exists():
         subprocess.run(["npm", "pack", "--silent", package], cwd=cache, check=True)
     return archive
+
+
+def other_names(subjects: list[Subject]) -> list[list[str]]:
+    """For each subject the tags it shares with at most one other, "car" for the automobile."""
+    uses = Counter(tag for subject in subjects for tag in subject.tags)
+    taken = {subject.name for subject in subjects} | set(COLOURS) | set(SIZES)
+    return [
+        [tag for tag in subject.tags if uses[tag] <= 2 and tag not in taken] for subject in subjects
+    ]
 
 
 def load_subjects(subjects: list[Subject], files: dict[str, bytes], side: int) -> torch.Tensor:
@@ -127,23 +158,21 @@ def load_photographs() -> list[torch.Tensor]:
     return [torch.from_numpy(array.copy()).permute(2, 0, 1).float() / 255 for array in arrays]
 
 
-def caption(subject: Subject, scene: Scene) -> str:
-    """ "a small green apple on a blue background, on the left"."""
-    words = ["a", scene.size, subject.name, "on a", scene.colour, "background"]
-    text = " ".join(word for word in words if word)
+def caption(name: str, scene: Scene) -> str:
+    """ "a small green apple on a blue background, on the left". An empty colour is left out."""
+    background = f"on {_article(scene.colour)} background" if scene.colour else ""
+    text = " ".join(word for word in (_article(f"{scene.size} {name}".strip()), background) if word)
     return f"{text}, {scene.place}" if scene.place else text
 
 
-def held_out(scene: Scene) -> bool:
+def _article(words: str) -> str:
+    return ("an " if words[0].lower() in "aeiou" else "a ") + words
+
+
+def held_out(subject: Subject, scene: Scene) -> bool:
     """One combination in ten is never trained on; every subject and every colour is."""
-    colours, sizes, places = list(COLOURS), list(SIZES), list(PLACES)
-    number = (
-        scene.subject * 7
-        + colours.index(scene.colour) * 3
-        + sizes.index(scene.size) * 5
-        + places.index(scene.place)
-    )
-    return number % 10 == 0
+    words = f"{subject.code} {scene.colour} {scene.size} {scene.place}"
+    return zlib.crc32(words.encode()) % 10 == 0
 
 
 def compose(
@@ -166,10 +195,20 @@ def compose(
     return (placed[:, :3] + background * (1 - placed[:, 3:])).clamp(0, 1)
 
 
-def draw(scenes: list[Scene], pictures: torch.Tensor, side: int) -> torch.Tensor:
-    """Scenes as pictures (n, 3, side, side), 0…1. `pictures` as from `load_subjects`."""
+def draw(
+    scenes: list[Scene], pictures: torch.Tensor, side: int, jitter: float = 0.0
+) -> torch.Tensor:
+    """Scenes as pictures (n, 3, side, side), 0…1. `pictures` as from `load_subjects`.
+
+    jitter: by how much, as a share of the side or of full scale, places, sizes and shades vary, so
+    that a caption has more than one picture and a seed a meaning.
+    """
+    n = len(scenes)
     rgba = pictures[[scene.subject for scene in scenes]].float() / 255
     colour = torch.tensor([COLOURS[scene.colour] for scene in scenes])
+    colour = (colour + jitter * torch.empty(n, 1).uniform_(-1, 1)).clamp(0, 1)
     scale = torch.tensor([SIZES[scene.size] for scene in scenes])
+    scale = scale * (1 + jitter * torch.empty(n).uniform_(-1, 0.5))
     place = torch.tensor([PLACES[scene.place] for scene in scenes])
-    return compose(rgba, colour, scale, place, side)
+    place = place + jitter / (1 - scale)[:, None] * torch.empty(n, 2).uniform_(-1, 1)
+    return compose(rgba, colour, scale, place.clamp(0, 1), side)

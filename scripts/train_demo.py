@@ -1,120 +1,78 @@
 """Train the demo weights: Z-Image's architecture, small, on captioned emoji and a few photographs.
 
-    python scripts/train_demo.py autoencoder --minutes 60
-    python scripts/train_demo.py transformer --minutes 180 --subjects 100
+    python scripts/train_demo.py autoencoder --from-scratch --minutes 17 --batch 8 --rate 1e-3
+    python scripts/train_demo.py transformer --minutes 25
+    python scripts/train_demo.py transformer --minutes 50 --side 256 --batch 16 --rate 2e-3
+    python scripts/train_demo.py publish
 
 The autoencoder first; then text encoder and transformer together, with the flow-matching loss at the
 scheduler's own noise levels and the pipeline's own chat template. Continues from what is in --weights,
-so that it can be improved in several sittings; writes there, with a sheet of samples beside, every few
-minutes. CPU or one GPU. The model classes are the pipeline's own. Needs npm for the pictures
-(`demo_data`), and scikit-image and scikit-learn for photographs (`pip install -e .[train]`).
+or else from the weights that come along, so that they can be improved in several sittings; writes
+there, with a sheet of samples beside, every few minutes. `publish` makes the result the demo weights.
+Once there is a transformer, of the autoencoder only the decoder is trained. CPU or one GPU. The model
+classes are the pipeline's own. Needs npm for the pictures (`demo_data`), and scikit-image and
+scikit-learn for photographs (`pip install -e .[train]`).
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import ctypes
+import hashlib
 import math
 import random
+import shutil
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from demo_autoencoder import (
+    autoencoder_model,
+    autoencoder_pictures,
+    reconstruction_loss,
+    sample_patches,
+)
 from demo_data import (
-    COLOURS,
-    PLACES,
-    SIZES,
+    FIRST,
     Scene,
-    Subject,
     caption,
-    compose,
     draw,
     fetch,
-    held_out,
     load_photographs,
     load_subjects,
+    other_names,
 )
-from diffusers import (
-    AutoencoderKL,
-    FlowMatchEulerDiscreteScheduler,
-    ZImagePipeline,
-    ZImageTransformer2DModel,
+from demo_transformer import (
+    STEPS,
+    caption_corpus,
+    compile_blocks,
+    embed,
+    encode_scenes,
+    flow_loss,
+    optimizers,
+    random_scene,
+    sampled_scenes,
+    spoken,
+    text_model,
+    tokenizer,
+    transformer_model,
 )
-from make_demo_weights import tokenizer
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline
 from PIL import Image
 from rich.console import Console
-from rich.progress import Progress, TextColumn, track
-from transformers import Qwen3Config, Qwen3Model
+from rich.progress import Progress, TextColumn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from inference.weights import DEMO_DIRECTORY
 
 SAVE_MINUTES = 5.0
 
 console = Console()
-
-
-def autoencoder_model() -> AutoencoderKL:
-    """3.1 M parameters; factor 8 and 16 latent channels, as Z-Image's own."""
-    model = AutoencoderKL(
-        block_out_channels=(24, 48, 96, 128),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=1,
-        latent_channels=16,
-        norm_num_groups=8,
-        mid_block_add_attention=False,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        scaling_factor=1.0,
-        shift_factor=0.0,
-    )
-    # A posterior that is narrow from the start: noise of size 1 hides colours.
-    with torch.no_grad():
-        model.encoder.conv_out.weight[16:] = 0
-        model.encoder.conv_out.bias[16:] = -6
-    return model
-
-
-def autoencoder_pictures(
-    pictures: torch.Tensor, photographs: list[torch.Tensor], batch: int, side: int
-) -> Iterator[torch.Tensor]:
-    """Endless batches (batch, 3, side, side), 0…1: three quarters subjects in shifted colours on any
-    background, one quarter crops of photographs."""
-    while True:
-        n = batch * 3 // 4
-        rgba = pictures[torch.randint(len(pictures), (n,))].float() / 255
-        swap = torch.stack([torch.randperm(3) for _ in range(n)])
-        recoloured = torch.gather(
-            rgba[:, :3], 1, swap[:, :, None, None].expand(-1, -1, *rgba.shape[2:])
-        )
-        mix = (torch.rand(n) < 0.5)[:, None, None, None]
-        rgba = torch.cat((torch.where(mix, recoloured, rgba[:, :3]), rgba[:, 3:]), dim=1)
-        named = torch.tensor(random.choices(list(COLOURS.values()), k=n))
-        colour = torch.where((torch.rand(n) < 0.5)[:, None], named, torch.rand(n, 3))
-        scale = torch.empty(n).uniform_(0.4, 1.3)
-        scenes = compose(rgba, colour, scale, torch.rand(n, 2), side)
-        crops = [_crop(random.choice(photographs), side) for _ in range(batch - n)]
-        yield torch.cat((scenes, torch.stack(crops)))
-
-
-def _crop(photograph: torch.Tensor, side: int) -> torch.Tensor:
-    height, width = photograph.shape[1:]
-    taken = random.randint(side, min(height, width))
-    top, left = random.randint(0, height - taken), random.randint(0, width - taken)
-    crop = photograph[None, :, top : top + taken, left : left + taken]
-    crop = F.interpolate(crop, (side, side), mode="area")[0]
-    if random.random() < 0.5:
-        crop = crop.flip(2)
-    return crop[torch.randperm(3)] if random.random() < 0.2 else crop
-
-
-def reconstruction_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """L1, its gradients (edges stay sharp), and L1 of 8×8 means (flat colours stay right)."""
-    loss = F.l1_loss(output, target)
-    for axis in (2, 3):
-        loss = loss + 0.5 * F.l1_loss(output.diff(dim=axis), target.diff(dim=axis))
-    return loss + 3 * F.l1_loss(F.avg_pool2d(output, 8), F.avg_pool2d(target, 8))
 
 
 class Average:
@@ -141,153 +99,49 @@ def learning_rate(share: float, peak: float) -> float:
 
 def train_autoencoder(options: argparse.Namespace) -> None:
     subjects, files = fetch(options.cache)
-    pictures = load_subjects(subjects, files, options.side)
+    pictures = load_subjects(subjects, files, options.side[0])
     photographs = load_photographs()
-    batches = autoencoder_pictures(pictures, photographs, options.batch, options.side)
+    batches = autoencoder_pictures(pictures, photographs, options.batch, options.side[0])
     folder = options.weights / "vae"
     known = (folder / "config.json").is_file()
-    model = AutoencoderKL.from_pretrained(folder) if known else autoencoder_model()
+    model = (
+        AutoencoderKL.from_pretrained(folder)
+        if known
+        else autoencoder_model(sample_patches(pictures, photographs))
+    )
     model = model.to(options.device, memory_format=torch.channels_last).train()
+    # What a transformer has learnt to draw must keep its meaning.
+    model.encoder.requires_grad_(not (options.weights / "transformer").exists())
     average = Average(model, decay=0.995)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.99), weight_decay=0.0)
 
     def save() -> None:
         average.module.save_pretrained(folder)
         sheet = torch.cat((next(batches)[:6], next(batches)[-6:]))
         with torch.no_grad():
             shown = average.module(sheet.to(options.device) * 2 - 1).sample.cpu() / 2 + 0.5
-        save_sheet(torch.cat((sheet, shown)), options.weights / "autoencoder.png", columns=12)
+        save_sheet(torch.cat((sheet, shown)), options.weights / "autoencoder.png", len(sheet))
 
-    def step() -> torch.Tensor:
+    def step() -> tuple[torch.Tensor, int]:
         target = next(batches).to(options.device, memory_format=torch.channels_last)
         with torch.autocast(options.device, dtype=torch.bfloat16, enabled=options.bf16):
-            posterior = model.encode(target * 2 - 1).latent_dist
-            output = model.decode(posterior.sample()).sample
-        loss = reconstruction_loss(output.float() / 2 + 0.5, target)
-        total: torch.Tensor = loss + 1e-6 * posterior.kl().mean()
-        return total
+            latents = model.encode(target * 2 - 1).latent_dist.mode()
+            # Generated latents are not exact; a decoder that has seen noise forgives.
+            noisy = latents + 0.1 * torch.randn_like(latents)
+            output = model.decode(noisy).sample
+        return reconstruction_loss(output.float() / 2 + 0.5, target), options.batch
 
-    train("autoencoder", options, model, average, optimizer, step, save)
-
-
-def text_model(vocabulary: int) -> Qwen3Model:
-    """0.9 M parameters and the embedding table."""
-    return Qwen3Model(
-        Qwen3Config(
-            vocab_size=vocabulary,
-            hidden_size=128,
-            intermediate_size=384,
-            num_hidden_layers=5,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=32,
-            tie_word_embeddings=True,
-            max_position_embeddings=4096,
-        )
-    )
-
-
-def transformer_model() -> ZImageTransformer2DModel:
-    """8.8 M parameters."""
-    model = ZImageTransformer2DModel(
-        dim=256,
-        n_layers=6,
-        n_refiner_layers=1,
-        n_heads=4,
-        n_kv_heads=4,
-        cap_feat_dim=128,
-        axes_dims=[16, 24, 24],
-        axes_lens=[1536, 512, 512],
-    )
-    with torch.no_grad():
-        model.x_pad_token.normal_(std=0.02)
-        model.cap_pad_token.normal_(std=0.02)
-    return model
-
-
-def caption_corpus(subjects: list[Subject]) -> str:
-    scenes = (
-        Scene(k, colour, size, place)
-        for k in range(len(subjects))
-        for colour, size, place in zip(COLOURS, [*SIZES] * 4, [*PLACES] * 2, strict=False)
-    )
-    return "\n".join(caption(subjects[scene.subject], scene) for scene in scenes)
-
-
-def sampled_scenes(subjects: int, each: int, seed: int) -> list[Scene]:
-    """`each` random scenes of every subject, none of them held out."""
-    generator = random.Random(seed)
-    scenes = []
-    for subject in range(subjects):
-        for _ in range(each):
-            while held_out(scene := _random_scene(generator, subject)):
-                pass
-            scenes.append(scene)
-    return scenes
-
-
-def _random_scene(generator: random.Random, subject: int) -> Scene:
-    colour, size, place = (generator.choice([*words]) for words in (COLOURS, SIZES, PLACES))
-    return Scene(subject, colour, size, place)
-
-
-@torch.no_grad()
-def encode_scenes(
-    vae: AutoencoderKL, scenes: list[Scene], pictures: torch.Tensor, device: str
-) -> torch.Tensor:
-    """Latents (n, 16, side/8, side/8), not yet shifted and scaled."""
-    parts = []
-    for k in track(range(0, len(scenes), 32), description="encoding scenes", console=console):
-        drawn = draw(scenes[k : k + 32], pictures, pictures.shape[-1]).to(device)
-        parts.append(vae.encode(drawn * 2 - 1).latent_dist.mode())
-    return torch.cat(parts)
-
-
-def embed(text_encoder: Any, words: Any, captions: list[str], device: str) -> list[torch.Tensor]:
-    """Prompt embeddings as the pipeline makes them, a tensor (tokens, width) for each caption."""
-    texts = [
-        words.apply_chat_template(
-            [{"role": "user", "content": text}],
-            tokenize=False,
-            add_generation_prompt=True,
-            enable_thinking=True,
-        )
-        for text in captions
-    ]
-    tokens = words(texts, padding=True, return_tensors="pt").to(device)
-    states = text_encoder(
-        input_ids=tokens.input_ids,
-        attention_mask=tokens.attention_mask,
-        output_hidden_states=True,
-    ).hidden_states[-2]
-    lengths = tokens.attention_mask.sum(dim=1).tolist()
-    return [state[:length] for state, length in zip(states, lengths, strict=True)]
-
-
-def flow_loss(transformer: Any, latents: torch.Tensor, embeds: list[torch.Tensor]) -> torch.Tensor:
-    """Mean squared error of the velocity at σ = 3u / (1 + 2u), u uniform: the scheduler's shift 3.
-
-    The model is asked for z − noise at time 1 − σ, as in the pipeline.
-    """
-    uniform = torch.rand(len(latents), device=latents.device)
-    sigma = 3 * uniform / (1 + 2 * uniform)
-    noise = torch.randn_like(latents)
-    weight = sigma[:, None, None, None]
-    noisy = weight * noise + (1 - weight) * latents
-    outputs = transformer(list(noisy.unsqueeze(2)), 1 - sigma, embeds, return_dict=False)[0]
-    predicted = torch.stack(outputs).squeeze(2).float()
-    return F.mse_loss(predicted, latents - noise)
+    train("autoencoder", options, model, average, [optimizer], step, save)
 
 
 def train_transformer(options: argparse.Namespace) -> None:
     every, files = fetch(options.cache)
     subjects = every[: options.subjects]
-    pictures = load_subjects(subjects, files, options.side)
+    tags = other_names(subjects)
     device, weights = options.device, options.weights
     vae = AutoencoderKL.from_pretrained(weights / "vae").to(device).eval()
-    scenes = sampled_scenes(len(subjects), options.scenes, seed=random.randrange(2**32))
-    captions = [caption(subjects[scene.subject], scene) for scene in scenes]
-    latents = encode_scenes(vae, scenes, pictures, device)
+    pictures = load_subjects(subjects, files, max(options.side))
     if (weights / "model_index.json").is_file():
         known = ZImagePipeline.from_pretrained(weights)
         words, text_encoder, transformer = known.tokenizer, known.text_encoder, known.transformer
@@ -295,14 +149,14 @@ def train_transformer(options: argparse.Namespace) -> None:
         # From all names, so that later sittings can add subjects.
         words = tokenizer(caption_corpus(every), vocabulary=4096)
         text_encoder, transformer = text_model(len(words)), transformer_model()
-        vae.register_to_config(
-            shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item()
-        )
-    latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
+        whiten(vae, sampled_scenes(subjects, 1, seed=0)[:256], pictures, options)
+    scenes = sampled_scenes(subjects, options.scenes, seed=random.randrange(2**32))
+    sets = [encode_scenes(vae, scenes, pictures, side, options) for side in options.side]
     models = torch.nn.ModuleDict({"text": text_encoder.float(), "image": transformer.float()})
     models = models.to(device).train()
     average = Average(models, decay=0.999)
-    optimizer = torch.optim.AdamW(models.parameters(), betas=(0.9, 0.99), weight_decay=0.01)
+    if options.compile:
+        compile_blocks(text_encoder, transformer)
 
     def save() -> None:
         pipeline = ZImagePipeline(
@@ -314,27 +168,48 @@ def train_transformer(options: argparse.Namespace) -> None:
         )
         pipeline.save_pretrained(weights)
         generator = random.Random(0)
-        shown = [_random_scene(generator, generator.randrange(len(subjects))) for _ in range(16)]
+        shown = [random_scene(generator, generator.randrange(len(subjects))) for _ in range(20)]
         pipeline.set_progress_bar_config(disable=True)
+        side = max(options.side)
         drawn = pipeline(
-            [caption(subjects[scene.subject], scene) for scene in shown],
-            *(options.side, options.side, 8),
+            [caption(subjects[scene.subject].name, scene) for scene in shown],
+            *(side, side, STEPS),
             guidance_scale=0.0,
             generator=torch.Generator().manual_seed(0),
             output_type="pt",
         ).images.cpu()
-        wanted = draw(shown, pictures, options.side)
+        wanted = draw(shown, pictures, side)
         rows = [part for pair in zip(wanted.chunk(2), drawn.chunk(2), strict=True) for part in pair]
-        save_sheet(torch.cat(rows), weights / "transformer.png", columns=8)
+        save_sheet(torch.cat(rows), weights / "transformer.png", columns=10)
 
-    def step() -> torch.Tensor:
-        chosen = torch.randint(len(scenes), (options.batch,))
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=options.bf16):
-            prompts = [captions[k] for k in chosen.tolist()]
+    def step() -> tuple[torch.Tensor, int]:
+        latents = random.choice(sets)
+        # As many tokens in every batch, whatever the side.
+        batch = max(1, options.batch * sets[0][0].numel() // latents[0].numel())
+        chosen = torch.randint(len(scenes), (batch,))
+        prompts = [
+            spoken(scene, subjects[scene.subject].name, tags[scene.subject])
+            for scene in (scenes[k] for k in chosen.tolist())
+        ]
+        target = latents[chosen].float().to(device)
+        # The plain formula beats CPU flash attention's backward on sequences this short.
+        plain = sdpa_kernel(SDPBackend.MATH) if device == "cpu" else nullcontext()
+        with plain, torch.autocast(device, dtype=torch.bfloat16, enabled=options.bf16):
             embeds = embed(models["text"], words, prompts, device)
-            return flow_loss(models["image"], latents[chosen.to(device)], embeds)
+            return flow_loss(models["image"], target, embeds), batch
 
-    train("transformer", options, models, average, optimizer, step, save)
+    train("transformer", options, models, average, optimizers(models), step, save)
+
+
+def whiten(
+    vae: AutoencoderKL, scenes: list[Scene], pictures: torch.Tensor, options: argparse.Namespace
+) -> None:
+    """Write into the configuration the shift and scale that make latents standard."""
+    vae.register_to_config(shift_factor=0.0, scaling_factor=1.0)
+    latents = encode_scenes(vae, scenes, pictures, options.side[0], options).float()
+    vae.register_to_config(
+        shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item()
+    )
 
 
 def train(
@@ -342,26 +217,30 @@ def train(
     options: argparse.Namespace,
     models: torch.nn.Module,
     average: Average,
-    optimizer: torch.optim.Optimizer,
-    step: Callable[[], torch.Tensor],
+    optimizers: list[torch.optim.Optimizer],
+    step: Callable[[], tuple[torch.Tensor, int]],
     save: Callable[[], None],
 ) -> None:
-    """Until the minutes are over; saves every few of them."""
+    """Until the minutes are over; saves every few of them.
+
+    step: the loss of one batch, and the number of samples in it.
+    """
     columns = (*Progress.get_default_columns(), TextColumn("{task.fields[note]}"))
     started = saved = time.monotonic()
     seen, smooth = 0, 0.0
     with Progress(*columns, console=console) as bar:
         task = bar.add_task(name, total=1.0, note="")
         while (share := (time.monotonic() - started) / (60 * options.minutes)) < 1:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(share, options.rate)
-            loss = step()
+            loss, batch = step()
             loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(models.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(share, options.rate)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
             average.update(models)
-            seen += options.batch
+            seen += batch
             smooth = 0.98 * smooth + 0.02 * loss.item() if smooth else loss.item()
             rate = seen / (time.monotonic() - started)
             note = f"{seen:,} samples, {rate:.0f}/s, loss {smooth:.4f}"
@@ -372,6 +251,31 @@ def train(
                 console.print(note)
     save()
     console.print(f"{name}: {note}")
+
+
+def publish(options: argparse.Namespace) -> None:
+    """Write --weights into the package, in bfloat16, with a revision made of their content."""
+    pipeline = ZImagePipeline.from_pretrained(options.weights, dtype=torch.bfloat16)
+    for name in ("scheduler", "text_encoder", "tokenizer", "transformer", "vae"):
+        shutil.rmtree(DEMO_DIRECTORY / name, ignore_errors=True)
+    pipeline.save_pretrained(DEMO_DIRECTORY)
+    digest = hashlib.sha256()
+    for file in sorted(DEMO_DIRECTORY.rglob("*.safetensors")):
+        digest.update(file.read_bytes())
+    revision = f"demo-{digest.hexdigest()[:8]}"
+    (DEMO_DIRECTORY / "revision.txt").write_text(revision + "\n")
+    size = sum(file.stat().st_size for file in DEMO_DIRECTORY.rglob("*") if file.is_file())
+    console.print(f"{DEMO_DIRECTORY}: {revision}, {size / 1e6:.1f} MB")
+
+
+def keep_memory() -> None:
+    """Have glibc keep freed memory: giving every large tensor back and faulting it in again takes
+    a third of a training step on a CPU."""
+    if sys.platform == "linux":
+        m_trim_threshold, m_mmap_threshold = -1, -3
+        libc = ctypes.CDLL(None)
+        libc.mallopt(m_mmap_threshold, 1 << 30)
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def save_sheet(pictures: torch.Tensor, path: Path, columns: int) -> None:
@@ -386,20 +290,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("part", choices=["autoencoder", "transformer"])
+    parser.add_argument("part", choices=["autoencoder", "transformer", "publish"])
     parser.add_argument("--minutes", type=float, default=40)
+    parser.add_argument("--from-scratch", action="store_true", help="forget --weights")
     parser.add_argument("--weights", type=Path, default=Path("out/demo_weights"))
     parser.add_argument("--cache", type=Path, default=Path("out/demo_data"))
-    parser.add_argument("--side", type=int, default=128, help="pixels of a training picture")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
+    parser.add_argument(
+        "--side", type=int, nargs="+", default=[128], help="pixels of a training picture"
+    )
+    parser.add_argument("--batch", type=int, default=48, help="at the first --side")
+    parser.add_argument("--rate", type=float, default=3e-3, help="peak learning rate")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--subjects", type=int, default=100, help="of the transformer, food first")
-    parser.add_argument("--scenes", type=int, default=40, help="encoded scenes for each subject")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--subjects", type=int, default=len(FIRST), help="for the transformer")
+    parser.add_argument("--scenes", type=int, default=32, help="encoded scenes for each subject")
     options = parser.parse_args()
+    if options.from_scratch:
+        shutil.rmtree(options.weights, ignore_errors=True)
+    elif not options.weights.exists():
+        shutil.copytree(DEMO_DIRECTORY, options.weights)
     options.weights.mkdir(parents=True, exist_ok=True)
-    {"autoencoder": train_autoencoder, "transformer": train_transformer}[options.part](options)
+    keep_memory()
+    parts = {
+        "autoencoder": train_autoencoder,
+        "transformer": train_transformer,
+        "publish": publish,
+    }
+    parts[options.part](options)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx2
 import pytest
+import torch
 import uvicorn
 from PIL import Image
 
@@ -32,7 +33,7 @@ T2I = "/fal-ai/z-image/turbo"
 
 @pytest.fixture(scope="session")
 def engine() -> Iterator[Engine]:
-    engine = Engine.load("demo", device="cpu")
+    engine = Engine.load("demo", device="cpu", dtype=torch.float32)  # the same on every machine
     yield engine
     engine.close()
 
