@@ -20,6 +20,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 
+from gateway import webhook_commands
 from gateway.settings import Settings, SettingsError, describe, read
 from gateway.terminal import (
     check_writable,
@@ -64,6 +65,7 @@ def options(
 
 weights_app = typer.Typer(help="Look at weights and download them.", no_args_is_help=True)
 app.add_typer(weights_app, name="weights")
+app.add_typer(webhook_commands.app, name="webhooks")
 
 
 IMAGE_TO_IMAGE, TEXT_TO_IMAGE = "fal-ai/z-image/turbo/image-to-image", "fal-ai/z-image/turbo"

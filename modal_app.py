@@ -44,12 +44,15 @@ settings = {
 gateway_image = (
     modal.Image.debian_slim(python_version=PYTHON)
     .uv_pip_install(
+        "cryptography==50.0.2",
         "fastapi==0.165.0",
         "httpx2==2.16.2",
+        "msgpack==1.2.4",
         "numpy==2.4.6",
         "pillow==13.0.0",
         "pydantic==2.14.3",
         "pydantic-settings==2.16.3",
+        "PyJWT==2.15.1",
     )
     .env(settings)
     .add_local_python_source("schemas", "media", "gateway")
@@ -163,7 +166,8 @@ class Turbo:
 )
 @modal.concurrent(max_inputs=8)
 async def job(request: Job, body: bytes) -> Outcome:
-    from gateway.platforms.modal import VolumeFiles, run_job
+    from gateway.platforms.modal import run_job
+    from gateway.platforms.modal_files import VolumeFiles
     from gateway.platforms.modal_records import ModalRecords
 
     return await run_job(
@@ -185,10 +189,11 @@ async def job(request: Job, body: bytes) -> Outcome:
 def gateway() -> ASGIApp:
     from gateway.app import create_app
     from gateway.auth import keys_for
-    from gateway.platforms.modal import ModalPlatform, VolumeFiles
+    from gateway.platforms.modal import ModalPlatform
+    from gateway.platforms.modal_files import VolumeFiles
     from gateway.platforms.modal_records import ModalRecords
 
-    platform = ModalPlatform(job, ModalRecords(entries), VolumeFiles(files))
+    platform = ModalPlatform(job, ModalRecords(entries), VolumeFiles(files), service)
     return create_app(service, platform, keys_for(service, default="on"))
 
 
@@ -198,9 +203,9 @@ def gateway() -> ASGIApp:
 @app.function(image=gateway_image, schedule=modal.Cron("17 * * * *"), timeout=30 * MINUTES)
 async def sweep() -> None:
     """Delete pictures that are due."""
-    from gateway.platforms.modal import VolumeFiles
+    from gateway.platforms.modal_files import VolumeFiles
 
-    print("deleted", await VolumeFiles(files).sweep(service.retention), "files")
+    print("deleted", await VolumeFiles(files).sweep(), "files")
 
 
 @app.function(image=gpu_image, volumes={WEIGHTS_DIR: weights}, timeout=60 * MINUTES)

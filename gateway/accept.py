@@ -11,12 +11,14 @@ import time
 import uuid
 
 from fastapi import Request
+from starlette.requests import HTTPConnection
 
-from gateway.auth import ANONYMOUS, Keys
-from gateway.jobs import Job
+from gateway.auth import ANONYMOUS, Keys, Unauthorized
+from gateway.jobs import Job, Terms
 from gateway.perform import parse
 from gateway.platform import Platform
 from gateway.settings import Settings
+from gateway.terms import read_terms
 from schemas.endpoints import Endpoint
 from schemas.errors import InputError, ServiceError
 
@@ -30,58 +32,76 @@ _LARGE_BODY = 256 * 1024
 
 
 async def accept(request: Request, endpoint: Endpoint) -> Job:
-    """Authenticate, validate, record. Raises Unauthorized or InputError; then there is no job."""
-    key_id = authenticate(request)
-    if "fal_webhook" in request.query_params:
+    """Authenticate, validate, record. Raises Unauthorized, InputError or QueueFull; then there is no
+    job. The job is an earlier one if the caller's Idempotency-Key says so."""
+    key_id = authenticate(request, endpoint)
+    if "fal_webhook" in request.query_params and platform(request).signer is None:
         raise InputError(
             ("query", "fal_webhook"),
             "Webhooks are not supported by this deployment yet",
             "feature_not_supported",
         )
-    body = await _body(request)
+    terms = read_terms(request.headers, request.query_params)
+    return await accept_body(request, endpoint, key_id, await read_body(request, MAX_BODY), terms)
+
+
+async def accept_body(
+    connection: HTTPConnection, endpoint: Endpoint, key_id: str, body: bytes, terms: Terms
+) -> Job:
+    """Validate and record, for a caller who is known. Raises InputError or QueueFull."""
     if len(body) < _LARGE_BODY:
         parse(endpoint, body)
     else:
         await asyncio.to_thread(parse, endpoint, body)
-    job = Job(str(uuid.uuid4()), endpoint.id, key_id, origin(request), time.time())
-    await platform(request).submit(job, body)
-    return job
+    job = Job(str(uuid.uuid4()), endpoint.id, key_id, origin(connection), time.time(), terms)
+    return await platform(connection).submit(job, body)
 
 
-def authenticate(request: Request) -> str:
-    """The id of the caller's key. Raises Unauthorized."""
-    keys: Keys | None = request.app.state.keys
+def authenticate(connection: HTTPConnection, endpoint: Endpoint | None = None) -> str:
+    """The id of the caller's key. Raises Unauthorized.
+
+    A browser without a key may show a token for the endpoint's app instead, `?fal_jwt_token=…`.
+    """
+    keys: Keys | None = connection.app.state.keys
     if keys is None:
         return ANONYMOUS
-    return keys.check(request.headers.get("authorization"))
+    token = connection.query_params.get("fal_jwt_token")
+    if endpoint is not None and token and "authorization" not in connection.headers:
+        claims = platform(connection).tokens.read(token, "realtime")
+        if endpoint.app.rpartition("/")[2] not in claims["apps"]:
+            raise Unauthorized("The token is for another app")
+        return str(claims["sub"])
+    return keys.check(connection.headers.get("authorization"))
 
 
-def platform(request: Request) -> Platform:
-    result: Platform = request.app.state.platform
+def platform(connection: HTTPConnection) -> Platform:
+    result: Platform = connection.app.state.platform
     return result
 
 
-def origin(request: Request) -> str:
+def origin(connection: HTTPConnection) -> str:
     """Scheme and host under which the caller reaches us. Raises ServiceError for a malformed Host."""
-    settings: Settings = request.app.state.settings
+    settings: Settings = connection.app.state.settings
     if settings.public_url:
         return settings.public_url
-    host = request.headers.get("host", "")
+    host = connection.headers.get("host", "")
     if not _HOST.fullmatch(host):
         raise ServiceError(400, "Malformed Host header", "bad_request")
-    return f"{request.url.scheme}://{host}"
+    scheme = {"ws": "http", "wss": "https"}.get(connection.url.scheme, connection.url.scheme)
+    return f"{scheme}://{host}"
 
 
-async def _body(request: Request) -> bytes:
+async def read_body(request: Request, limit: int) -> bytes:
+    """Raises InputError, with status 413, for more than `limit` bytes."""
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
-        if len(body) > MAX_BODY:
+        if len(body) > limit:
             error = InputError(
                 ("body",),
-                f"Request body exceeds the maximum of {MAX_BODY} bytes; use a URL instead",
+                f"Request body exceeds the maximum of {limit} bytes; use a URL instead",
                 "file_too_large",
-                ctx={"max_size": MAX_BODY},
+                ctx={"max_size": limit},
             )
             error.status = 413
             raise error

@@ -8,16 +8,31 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from gateway import openapi
 from gateway.auth import Keys
-from gateway.middleware import FalHeaders, QueueHost
+from gateway.middleware import FalHeaders, FalHosts, Proxy
 from gateway.platform import Platform
 from gateway.responses import error_response, json_response
-from gateway.routes import files, health, queue, run
+from gateway.routes import files, health, jwks, queue, realtime, run, storage, stream
 from gateway.settings import Settings
 from schemas.errors import ApiError, internal_error
+
+BROWSERS: dict[str, Any] = {
+    "allow_origins": ["*"],  # the key is in a header of the page's own, never in a cookie
+    "allow_methods": ["GET", "POST", "PUT", "DELETE"],
+    "allow_headers": ["*"],
+    "expose_headers": [
+        "x-fal-request-id",
+        "x-fal-billable-units",
+        "x-fal-error-type",
+        "x-fal-request-timeout-type",
+        "x-fal-needs-retry",
+    ],
+    "max_age": 86400,
+}
 
 
 def create_app(settings: Settings, platform: Platform, keys: Keys | None) -> ASGIApp:
@@ -30,13 +45,14 @@ def create_app(settings: Settings, platform: Platform, keys: Keys | None) -> ASG
 
     app = FastAPI(title="Z-Image", version="0.1.0", lifespan=lifespan, redoc_url=None)
     app.state.settings, app.state.platform, app.state.keys = settings, platform, keys
-    for module in (health, files, run, queue):
+    for module in (health, storage, files, jwks, realtime, stream, run, queue):
         app.include_router(module.router)
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _unexpected)
     app.openapi = lambda: openapi.document(app)  # type: ignore[method-assign]
-    return FalHeaders(QueueHost(app))  # outside of everything, so that no answer lacks them
+    # Outside of everything, so that no answer lacks their headers.
+    return CORSMiddleware(FalHeaders(Proxy(FalHosts(app))), **BROWSERS)
 
 
 async def _api_error(request: Request, error: Exception) -> Response:
@@ -50,7 +66,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
     detail: Any = error.detail
     if error.status_code == 404:
         detail = f"Path {request.url.path} not found"
-    return json_response({"detail": detail}, error.status_code, error.headers)
+    return json_response({"detail": detail, "message": detail}, error.status_code, error.headers)
 
 
 async def _unexpected(request: Request, error: Exception) -> Response:

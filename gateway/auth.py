@@ -26,7 +26,7 @@ class Unauthorized(ApiError):
         self.detail = detail
 
     def body(self) -> dict[str, str]:
-        return {"detail": self.detail}
+        return {"detail": self.detail, "message": self.detail}
 
 
 class Keys:

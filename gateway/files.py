@@ -1,6 +1,7 @@
-"""Output files: stored under unguessable names, served at /files/…, deleted when due.
+"""Files: outputs and uploads, stored under unguessable names, served at /files/…, gone when due.
 
-A name is 192 random bits and a suffix; whoever has the URL may read the file, as with fal's own.
+A name is 192 random bits, the second at which the file expires, and a suffix that says its type:
+whoever has the URL may read the file until then, as with fal's own.
 """
 
 from __future__ import annotations
@@ -8,60 +9,154 @@ from __future__ import annotations
 import asyncio
 import re
 import secrets
+import shutil
+import sys
 import time
+from collections.abc import AsyncIterator, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol
 
-NAME = re.compile(r"[A-Za-z0-9_-]{32}\.(jpeg|png|webp)")
+CONTENT_TYPES = {
+    "jpeg": "image/jpeg",
+    "png": "image/png",
+    "webp": "image/webp",
+    "gif": "image/gif",
+    "avif": "image/avif",
+    "bin": "application/octet-stream",
+}
+"""Suffix → type. Nothing that a browser would run."""
+
+NAME = re.compile(rf"[A-Za-z0-9_-]{{32}}\.(\d{{10}})\.({'|'.join(CONTENT_TYPES)})")
 URL_PATH = "/files/"
+FOREVER = 100 * 365.25 * 24 * 3600
+"""Seconds that a file lives whose owner said never to delete it."""
+
+CHUNK = 1 << 20
+
+PART_SECONDS = 24 * 3600.0
+"""Age at which parts of an upload that was never completed are deleted."""
+
+
+class TooLarge(Exception):
+    """More bytes came than may be stored."""
 
 
 class Files(Protocol):
-    """Where outputs live: a directory, a Volume, a bucket."""
+    """Where files live: a directory, a Volume, a bucket."""
 
-    async def put(self, data: bytes, suffix: str) -> str:
-        """Store and return the new name. Readable under it as soon as this returns."""
+    async def put(self, data: bytes, suffix: str, lifetime: float) -> str:
+        """Store for `lifetime` seconds and return the new name. Readable as soon as this returns."""
         ...
 
-    async def get(self, name: str) -> bytes | None:
-        """The content, or None for a name that is unknown, deleted or malformed."""
+    async def get(self, name: str, limit: int = sys.maxsize) -> bytes | None:
+        """The content, or None for a name that is unknown, expired or malformed. Raises TooLarge."""
+        ...
+
+    async def stream(self, name: str) -> AsyncIterator[bytes] | None:
+        """The content in pieces, however large; None as above."""
+        ...
+
+    async def write(self, name: str, chunks: AsyncIterator[bytes], limit: int) -> int:
+        """Store an upload under a `new_name`; returns its bytes. Raises TooLarge."""
+        ...
+
+    async def write_part(
+        self, name: str, number: int, chunks: AsyncIterator[bytes], limit: int
+    ) -> int:
+        """Store one part of an upload, beside others that are under way. Raises TooLarge."""
+        ...
+
+    async def join(self, name: str, numbers: list[int], limit: int) -> None:
+        """Make a file of its parts, in this order. Raises FileNotFoundError, TooLarge."""
         ...
 
 
-def new_name(suffix: str) -> str:
-    return f"{secrets.token_urlsafe(24)}.{suffix}"
+def new_name(suffix: str, lifetime: float) -> str:
+    return f"{secrets.token_urlsafe(24)}.{int(time.time() + lifetime):010d}.{suffix}"
+
+
+def expired(name: str, now: float) -> bool:
+    """Whether a file is due, or its name none of ours."""
+    match = NAME.fullmatch(name)
+    return match is None or int(match[1]) <= now
 
 
 class DirectoryFiles:
     """Files in one flat directory. Writes appear whole or not at all."""
 
     def __init__(self, directory: Path) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
+        self._parts = directory / "parts"
+        self._parts.mkdir(parents=True, exist_ok=True)
         self._directory = directory
 
-    async def put(self, data: bytes, suffix: str) -> str:
-        name = new_name(suffix)
+    async def put(self, data: bytes, suffix: str, lifetime: float) -> str:
+        name = new_name(suffix, lifetime)
         await asyncio.to_thread(write_whole, self._directory / name, data)
         return name
 
-    async def get(self, name: str) -> bytes | None:
-        if not NAME.fullmatch(name):
+    async def get(self, name: str, limit: int = sys.maxsize) -> bytes | None:
+        chunks = await self.stream(name)
+        return None if chunks is None else await collect(chunks, limit)
+
+    async def stream(self, name: str) -> AsyncIterator[bytes] | None:
+        if expired(name, time.time()):
             return None
         try:
-            return await asyncio.to_thread((self._directory / name).read_bytes)
+            return _read(await asyncio.to_thread((self._directory / name).open, "rb"))
         except FileNotFoundError:
             return None
 
-    def sweep(self, seconds: float) -> int:
-        """Delete what is older than `seconds`, half-written files included; returns how many."""
-        deadline, deleted = time.time() - seconds, 0
-        for path in self._directory.iterdir():
+    async def write(self, name: str, chunks: AsyncIterator[bytes], limit: int) -> int:
+        return await _receive(self._directory / name, chunks, limit)
+
+    async def write_part(
+        self, name: str, number: int, chunks: AsyncIterator[bytes], limit: int
+    ) -> int:
+        others = [
+            path for path in self._parts.glob(f"{name}.*") if path != self._part(name, number)
+        ]
+        limit -= sum(path.stat().st_size for path in others)
+        return await _receive(self._part(name, number), chunks, limit)
+
+    async def join(self, name: str, numbers: list[int], limit: int) -> None:
+        parts = [self._part(name, number) for number in numbers]
+        await asyncio.to_thread(_join, self._directory / name, parts, limit)
+
+    def _part(self, name: str, number: int) -> Path:
+        return self._parts / f"{name}.{number}"
+
+    def sweep(self) -> int:
+        """Delete what has expired, and what was never completed; returns how many files."""
+        now, deleted = time.time(), 0
+        for path in (*self._directory.iterdir(), *self._parts.iterdir()):
             with suppress(FileNotFoundError):  # a .part that has just got its name
-                if path.stat().st_mtime < deadline:
+                whole = path.parent == self._directory and path.suffix != ".part"
+                due = expired(path.name, now) if whole else _old(path, now)
+                if path.is_file() and due:
                     path.unlink()
                     deleted += 1
         return deleted
+
+
+async def collect(chunks: AsyncIterator[bytes], limit: int) -> bytes:
+    """All of it. Raises TooLarge."""
+    data = bytearray()
+    async for chunk in chunks:
+        data += chunk
+        if len(data) > limit:
+            raise TooLarge
+    return bytes(data)
+
+
+async def _read(file: IO[bytes]) -> AsyncIterator[bytes]:
+    with file:
+        while chunk := await asyncio.to_thread(file.read, CHUNK):
+            yield chunk
+
+
+def _old(path: Path, now: float) -> bool:
+    return path.stat().st_mtime < now - PART_SECONDS
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -69,3 +164,38 @@ def write_whole(path: Path, data: bytes) -> None:
     partial = path.with_name(path.name + ".part")
     partial.write_bytes(data)
     partial.rename(path)
+
+
+async def _receive(path: Path, chunks: AsyncIterator[bytes], limit: int) -> int:
+    partial, size = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part"), 0
+    file: IO[bytes] = await asyncio.to_thread(partial.open, "wb")
+    try:
+        with file:
+            async for chunk in chunks:
+                size += len(chunk)
+                if size > limit:
+                    raise TooLarge
+                await asyncio.to_thread(file.write, chunk)
+        partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return size
+
+
+def _join(path: Path, parts: Iterable[Path], limit: int) -> None:
+    if path.exists():  # completed before; the answer was lost
+        return
+    parts = list(parts)
+    if sum(part.stat().st_size for part in parts) > limit:
+        raise TooLarge
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        with partial.open("wb") as whole:
+            for part in parts:
+                with part.open("rb") as file:
+                    shutil.copyfileobj(file, whole)
+        partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    for part in parts:
+        part.unlink(missing_ok=True)

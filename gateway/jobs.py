@@ -8,15 +8,40 @@ Failed and cancelled jobs are COMPLETED too, as fal has it: the outcome carries 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass, field
 from typing import Literal
 
-from schemas.errors import ApiError, Cancelled, ServiceError
+from schemas.errors import ApiError, InputError, ServiceError
 
 MAX_ATTEMPTS = 3
 
 Status = Literal["IN_QUEUE", "IN_PROGRESS", "COMPLETED"]
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """How the caller wants the request handled.
+
+    start_timeout: seconds within which the request must have started, else it ends with a 504.
+    low_priority: behind all requests of normal priority. retry: run again when its process died
+    under it. store: keep its result as long as others'. max_queue_length: refuse with a 429 if as
+    many are waiting. idempotency_key: a second request with it is the first one.
+    webhook: where to POST the end of it. file_lifetime: seconds that its pictures are kept.
+    """
+
+    start_timeout: float | None = None
+    low_priority: bool = False
+    retry: bool = True
+    store: bool = True
+    max_queue_length: int | None = None
+    idempotency_key: str | None = None
+    webhook: str | None = None
+    file_lifetime: float | None = None
+
+
+DEFAULT_TERMS = Terms()
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +82,7 @@ class Job:
     key_id: str
     origin: str
     created: float
+    terms: Terms = DEFAULT_TERMS
     status: Status = "IN_QUEUE"
     started: float | None = None
     finished: float | None = None
@@ -81,7 +107,7 @@ class Job:
     def interrupt(self, now: float) -> None:
         """The process that ran it is gone."""
         self._expect("IN_PROGRESS")
-        if self.attempts >= MAX_ATTEMPTS:
+        if self.attempts >= (MAX_ATTEMPTS if self.terms.retry else 1):
             lost = ServiceError(
                 503, f"The runner disconnected {self.attempts} times", "runner_disconnected"
             )
@@ -95,12 +121,28 @@ class Job:
         self.status, self.started = "IN_QUEUE", None
         self.attempts -= attempted
 
-    def cancel(self, now: float) -> None:
-        """Stop before it began. A running job is cancelled by whoever runs it, through `finish`."""
+    def overdue(self, now: float) -> bool:
+        """Whether it should have started by now and has not."""
+        timeout = self.terms.start_timeout
+        return self.status == "IN_QUEUE" and timeout is not None and now >= self.created + timeout
+
+    def drop(self, error: ApiError, now: float) -> None:
+        """Stop before it began. A running job is stopped by whoever runs it, through `finish`."""
         self._expect("IN_QUEUE")
         self.status, self.finished = "COMPLETED", now
-        self.outcome = Outcome.of_error(Cancelled())
+        self.outcome = Outcome.of_error(error)
 
     def _expect(self, status: Status) -> None:
         if self.status != status:
             raise IllegalTransition(f"{self.request_id} is {self.status}, not {status}")
+
+
+def request_digest(job: Job, body: bytes) -> str:
+    """Tells whether two requests with one Idempotency-Key are the same."""
+    return hashlib.sha256(job.endpoint.encode() + b"\0" + body).hexdigest()
+
+
+def key_reused() -> InputError:
+    """An Idempotency-Key came with another request before."""
+    loc = ("header", "Idempotency-Key")
+    return InputError(loc, "The same key came with another request before", "value_error")

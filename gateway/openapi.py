@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Response
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from gateway.files import CONTENT_TYPES
 from schemas.endpoints import ENDPOINTS, Endpoint
 from schemas.inputs import example
 from schemas.outputs import (
@@ -71,6 +72,38 @@ def run_operation(endpoint: Endpoint) -> dict[str, Any]:
     }
 
 
+def stream_operation(endpoint: Endpoint) -> dict[str, Any]:
+    return {
+        "summary": f"{endpoint.summary} (as events)",
+        "description": "Every step as a server-sent event; the last one is the output.",
+        "tags": ["run"],
+        "operation_id": f"stream:{endpoint.id}",
+        "openapi_extra": _request_body(endpoint),
+        "responses": {
+            200: _events("Events; the last one's `data` is an ImagesOutput, or the error's body"),
+            **_errors(),
+        },
+    }
+
+
+def file_operation() -> dict[str, Any]:
+    """Files need no key: whoever has the URL may read them."""
+    binary = {"schema": {"type": "string", "format": "binary"}}
+    return {
+        "summary": "A generated picture, or an uploaded file",
+        "tags": ["files"],
+        "response_class": Response,
+        "responses": {
+            200: {
+                "description": "The file",
+                "content": dict.fromkeys(CONTENT_TYPES.values(), binary),
+            },
+            404: _json("Unknown or expired", ServiceErrorBody),
+        },
+        "openapi_extra": {"security": []},
+    }
+
+
 def submit_operation(endpoint: Endpoint) -> dict[str, Any]:
     return {
         "summary": f"{endpoint.summary} (queued)",
@@ -82,7 +115,7 @@ def submit_operation(endpoint: Endpoint) -> dict[str, Any]:
     }
 
 
-def queue_operation(kind: Literal["status", "result", "cancel"]) -> dict[str, Any]:
+def queue_operation(kind: Literal["status", "stream", "result", "cancel"]) -> dict[str, Any]:
     """`app` is `owner/alias`, or a full endpoint id."""
     summary: str
     answers: dict[int | str, dict[str, Any]]
@@ -93,6 +126,9 @@ def queue_operation(kind: Literal["status", "result", "cancel"]) -> dict[str, An
                 200: _json("Finished", QueueStatus),
                 202: _json("Not finished", QueueStatus),
             }
+        case "stream":
+            summary = "The same as server-sent events, one for every change, until it is COMPLETED"
+            answers = {200: _events("Events whose `data` is a QueueStatus")}
         case "result":
             summary = "The output of a finished request, with the status the model answered"
             answers = {
@@ -130,6 +166,12 @@ def _request_body(endpoint: Endpoint) -> dict[str, Any]:
 def _json(description: str, model: type[BaseModel]) -> dict[str, Any]:
     schema = {"$ref": _REF.format(model=model.__name__)}
     return {"description": description, "content": {"application/json": {"schema": schema}}}
+
+
+def _events(description: str) -> dict[str, Any]:
+    data = {"type": "string", "contentMediaType": "application/json"}
+    schema = {"type": "object", "properties": {"data": data}}
+    return {"description": description, "content": {"text/event-stream": {"itemSchema": schema}}}
 
 
 def _errors() -> dict[int | str, dict[str, Any]]:

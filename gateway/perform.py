@@ -20,8 +20,9 @@ from pydantic import ValidationError
 
 from gateway.decoder import Decoder
 from gateway.fetch import Fetcher
-from gateway.files import URL_PATH, Files
+from gateway.files import URL_PATH, Files, TooLarge
 from gateway.jobs import Job, Outcome
+from media.decode import MAX_BYTES, file_too_large
 from media.encode import CONTENT_TYPES
 from schemas.endpoints import ENDPOINTS, Endpoint, Input
 from schemas.errors import ApiError, InputError, ValidationFailed, internal_error
@@ -49,6 +50,7 @@ class Services:
     fetcher: Fetcher
     decoder: Decoder
     acceleration_default: Acceleration
+    retention: float
 
 
 def parse(endpoint: Endpoint, body: bytes) -> Input:
@@ -127,7 +129,10 @@ async def _input_bytes(params: Input, job: Job, services: Services) -> bytes | N
         return None
     own = job.origin + URL_PATH
     if params.image_url.startswith(own):  # a picture of ours: no way through the network
-        data = await services.files.get(params.image_url.removeprefix(own))
+        try:
+            data = await services.files.get(params.image_url.removeprefix(own), MAX_BYTES)
+        except TooLarge:
+            raise file_too_large(("body", "image_url")) from None
         if data is None:
             raise InputError(
                 ("body", "image_url"),
@@ -167,7 +172,10 @@ async def _store(
         encoded = await asyncio.to_thread(base64.b64encode, data)
         url, name = f"data:{content_type};base64,{encoded.decode()}", f"image.{task.output_format}"
     else:
-        name = await services.files.put(data, task.output_format)
+        lifetime = job.terms.file_lifetime
+        name = await services.files.put(
+            data, task.output_format, services.retention if lifetime is None else lifetime
+        )
         url = f"{job.origin}{URL_PATH}{name}"
     return ImageFile(
         url=url,

@@ -6,12 +6,15 @@ is functions, Dicts and Volumes. No other module knows which one it is talking t
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
 from gateway.files import Files
 from gateway.jobs import Job, Outcome
+from gateway.signing import Signer
+from gateway.tokens import Tokens
 from schemas.task import Progress
 
 
@@ -28,13 +31,25 @@ class Platform(AbstractAsyncContextManager["Platform"], Protocol):
     """Enter it to start its workers; leaving it stops them and loses nothing."""
 
     files: Files
+    tokens: Tokens
+    """Issued to those who cannot send a key."""
+    signer: Signer | None
+    """Signs webhooks; None where there are none."""
 
-    async def submit(self, job: Job, body: bytes) -> None:
-        """Accept a job. When this returns, the job will complete, whatever is killed meanwhile."""
+    async def submit(self, job: Job, body: bytes) -> Job:
+        """Accept a job. When this returns, the job will complete, whatever is killed meanwhile.
+
+        Returns the key's earlier job with the same Idempotency-Key, if there is one. Raises
+        QueueFull, and InputError if that job was another request.
+        """
         ...
 
     async def view(self, request_id: str) -> View | None:
         """State without the outcome's body; cheap, clients ask ten times a second."""
+        ...
+
+    def watch(self, request_id: str) -> AsyncIterator[View]:
+        """The view now, and again whenever it may have changed; ends after COMPLETED."""
         ...
 
     async def outcome(self, request_id: str) -> Outcome | None:

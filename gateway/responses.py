@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import Response
 
 from gateway.jobs import Outcome
-from schemas.errors import ApiError
+from schemas.errors import ApiError, StartTimeout
 
 
 def json_response(
@@ -20,7 +20,9 @@ def json_response(
 
 
 def error_response(error: ApiError) -> Response:
-    headers = {"x-fal-error-type": error.error_type} if error.error_type else None
+    headers = {"x-fal-error-type": error.error_type} if error.error_type else {}
+    if error.status == 429:
+        headers["x-fal-needs-retry"] = "1"
     return json_response(error.body(), error.status, headers)
 
 
@@ -32,6 +34,8 @@ def outcome_response(request_id: str, outcome: Outcome) -> Response:
     }
     if outcome.error_type:
         headers["x-fal-error-type"] = outcome.error_type
+    if outcome.error_type == StartTimeout.error_type:
+        headers["x-fal-request-timeout-type"] = "user"
     return Response(outcome.body, outcome.status, headers, media_type="application/json")
 
 

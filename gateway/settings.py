@@ -37,8 +37,8 @@ class Settings(BaseSettings):
     )
     fetch_allow: Annotated[tuple[Network, ...], NoDecode] = Field(
         (),
-        description="CIDRs the fetcher may also reach, on any port, comma-separated: "
-        "for tests and private networks.",
+        description="CIDRs that input pictures may also come from and webhooks go to, on any port, "
+        "comma-separated: for tests and private networks.",
     )
     safety_threshold: float = Field(
         0.8, gt=0, le=1, description="Score from which a picture is flagged and blackened."
@@ -48,6 +48,10 @@ class Settings(BaseSettings):
     )
     retention: float = Field(
         24 * HOUR, gt=0, description="Seconds that finished requests and their files are kept."
+    )
+
+    upload_max: int = Field(
+        256 * 1024 * 1024, gt=0, description="Bytes that one uploaded file may have."
     )
 
     @field_validator("fetch_allow", mode="before")

@@ -14,6 +14,7 @@ answered on standard output by {"picture": [w, h], "size": [w, h]} and w·h·3 b
 from __future__ import annotations
 
 import json
+import os
 import resource
 import signal
 import sys
@@ -72,4 +73,7 @@ def limit_memory() -> None:
 if __name__ == "__main__":
     if sys.platform == "linux":
         limit_memory()
-    serve(sys.stdin.buffer, sys.stdout.buffer)
+    try:
+        serve(sys.stdin.buffer, sys.stdout.buffer)
+    except BrokenPipeError:  # the parent is gone; there is nobody to tell
+        os._exit(1)

@@ -4,7 +4,9 @@ Two shapes, both fal's (https://docs.fal.ai/errors):
 * `InputError` and pydantic's own ValidationError → 422 `{"detail": [{loc, msg, type, url, ctx, input}]}`
 * `ServiceError` → `{"detail": "text", "error_type": "…"}` with the header `X-Fal-Error-Type`
 
-Programs act on `type` and `ctx`; `msg` is for people. Never carries a stack trace or a path.
+Both carry a `message` of ours besides, a sentence, which fal's JavaScript client and the AI SDK show
+instead of a bare "Unprocessable Entity". Programs act on `type` and `ctx`; `msg` is for people. Never
+carries a stack trace or a path.
 """
 
 from __future__ import annotations
@@ -85,17 +87,16 @@ class InputError(ApiError):
         return error
 
     def body(self) -> dict[str, Any]:
-        return {"detail": self.detail}
+        return {"detail": self.detail, "message": field_message(self.detail)}
 
 
 class ValidationFailed(InputError):
-    """pydantic's errors for a request body, rendered in fal's shape."""
+    """pydantic's errors for the body, or another part of a request, rendered in fal's shape."""
 
-    def __init__(self, error: ValidationError) -> None:
-        Exception.__init__(self, f"{error.error_count()} invalid field(s)")
+    def __init__(self, error: ValidationError, *part: str) -> None:
         self.detail = [
             error_detail(
-                ("body", *item["loc"]),
+                (*(part or ("body",)), *item["loc"]),
                 item["msg"],
                 item["type"],
                 ctx=item.get("ctx"),
@@ -103,6 +104,7 @@ class ValidationFailed(InputError):
             )
             for item in error.errors(include_url=False)
         ]
+        Exception.__init__(self, field_message(self.detail))
 
 
 class ServiceError(ApiError):
@@ -113,7 +115,25 @@ class ServiceError(ApiError):
         self.status, self.detail, self.error_type = status, detail, error_type
 
     def body(self) -> dict[str, Any]:
-        return {"detail": self.detail, "error_type": self.error_type}
+        return {"detail": self.detail, "error_type": self.error_type, "message": self.detail}
+
+
+class StartTimeout(ServiceError):
+    """The request had not begun when the caller's X-Fal-Request-Timeout was over."""
+
+    error_type = "request_timeout"
+
+    def __init__(self) -> None:
+        super().__init__(504, "Request timed out", self.error_type)
+
+
+class QueueFull(ServiceError):
+    """As many requests wait as the caller's fal_max_queue_length allows."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__(
+            429, f"Queue is full: {length} requests are waiting", "concurrent_requests_limit"
+        )
 
 
 class Cancelled(ServiceError):
@@ -121,6 +141,14 @@ class Cancelled(ServiceError):
 
     def __init__(self) -> None:
         super().__init__(499, "Request was cancelled by the client", "client_cancelled")
+
+
+def field_message(detail: Sequence[Mapping[str, Any]]) -> str:
+    """ "strength: Input should be less than or equal to 1; prompt: Field required"."""
+    return "; ".join(
+        f"{'.'.join(map(str, entry['loc'][1:])) or entry['loc'][0]}: {entry['msg']}"
+        for entry in detail
+    )
 
 
 def internal_error() -> ServiceError:

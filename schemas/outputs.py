@@ -73,8 +73,10 @@ class FieldError(BaseModel):
 
 class ValidationErrorBody(BaseModel):
     detail: list[FieldError]
+    message: str = Field(description="The same as a sentence.")
 
 
 class ServiceErrorBody(BaseModel):
     detail: str
     error_type: str | None = None
+    message: str = Field(description="The same as `detail`.")

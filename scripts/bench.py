@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -114,26 +115,7 @@ def engine(rounds: int = 15) -> list[Row]:
     return rows
 
 
-NO_OP_SERVER = """
-import sys, uvicorn
-from pathlib import Path
-from gateway.app import create_app
-from gateway.platforms.local import LocalPlatform
-from gateway.settings import Settings
-from media.encode import encode
-from PIL import Image
-from schemas.task import EncodedImage, Result
-
-data = encode(Image.new("RGB", (64, 64)), "png")
-
-async def generate(task, on_progress):
-    images = tuple(EncodedImage(data, False) for _ in range(task.num_images))
-    return Result(images, task.seed, task.prompt, 0, {"inference": 0.0})
-
-settings = Settings(home=Path(sys.argv[1]))
-app = create_app(settings, LocalPlatform(settings, generate), None)
-uvicorn.run(app, port=int(sys.argv[2]), access_log=False, log_level="warning")
-"""
+NO_OP_SERVER = ROOT / "scripts" / "no_op_server.py"
 
 
 def gateway(requests: int = 400) -> list[Row]:
@@ -142,7 +124,7 @@ def gateway(requests: int = 400) -> list[Row]:
     small = {"prompt": "x", "image_size": {"width": 64, "height": 64}}
     with (
         tempfile.TemporaryDirectory() as home,
-        Serving([sys.executable, "-c", NO_OP_SERVER], home) as http,
+        Serving([sys.executable, str(NO_OP_SERVER)], home) as http,
     ):
         for name, path, body in (
             ("text-to-image, no-op engine", "turbo", small),
@@ -157,6 +139,7 @@ def gateway(requests: int = 400) -> list[Row]:
             rows.append(latencies(name, seconds[50:]))
             decoding = [post().json()["timings"]["input_decode"] for _ in range(50)]
             rows[-1]["of it decoding, p50 ms"] = statistics.median(decoding) * 1e3
+        rows.append(burst(str(http.base_url), small))
     zimage = [str(Path(sys.executable).parent / "zimage"), "serve", "--home"]
     large = {"prompt": "x", "image_size": {"width": 512, "height": 512}, "num_images": 4}
     with tempfile.TemporaryDirectory() as home, Serving(zimage, home, "--port") as http:
@@ -171,6 +154,31 @@ def gateway(requests: int = 400) -> list[Row]:
             time.sleep(0.01)
         rows.append(latencies("status while four pictures are denoised", seconds))
     return rows
+
+
+def burst(base: str, body: dict[str, Any], clients: int = 50, jobs: int = 20) -> Row:
+    """Status, asked by one more client, while many submit jobs and wait for them."""
+    import httpx2
+
+    queue = "/queue/fal-ai/z-image/turbo"
+
+    def client(_: int) -> None:
+        with httpx2.Client(base_url=base, timeout=60) as http:
+            urls = [http.post(queue, json=body).json()["status_url"] for _ in range(jobs)]
+            for url in urls:
+                while http.get(url).json()["status"] != "COMPLETED":
+                    time.sleep(0.1)
+
+    with ThreadPoolExecutor(clients) as threads, httpx2.Client(base_url=base) as http:
+        url = http.post(queue, json=body).json()["status_url"]
+        waiting = [threads.submit(client, k) for k in range(clients)]
+        seconds = []
+        while not all(future.done() for future in waiting):
+            seconds.append(timed(partial(http.get, url)))
+            time.sleep(0.005)
+        for future in waiting:
+            future.result()
+    return latencies(f"status while {clients} clients run {clients * jobs} jobs", seconds)
 
 
 def imports() -> Row:

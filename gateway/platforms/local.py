@@ -9,8 +9,13 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import logging
+import os
+import secrets
 import sqlite3
 import time
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +31,10 @@ from gateway.perform import GenerateAsync, OnProgress, Services, perform
 from gateway.platform import Platform, View
 from gateway.platforms.records import Records
 from gateway.settings import Settings
-from schemas.errors import Cancelled, internal_error
+from gateway.signing import Signer
+from gateway.tokens import Tokens
+from gateway.webhooks import Delivery, Webhooks
+from schemas.errors import ApiError, Cancelled, StartTimeout, internal_error
 from schemas.task import Progress, Result, Task
 
 PREPARING = 4
@@ -35,6 +43,12 @@ PREPARING = 4
 ENGINE_SLOTS = 2
 """Requests at the engine: one at its tensors, one whose files are being encoded. Only they are
 suspected when the process dies."""
+
+POSITION_SECONDS = 1.0
+"""How often watchers of queued requests look at their position."""
+
+WEBHOOK_PAUSE = 0.1
+"""Seconds between two looks at what is due."""
 
 SWEEP_SECONDS = 60.0
 RETRY_SECONDS = 1.0
@@ -63,6 +77,11 @@ class LocalPlatform(Platform):
         self._stopping = False
         self._running: dict[str, _Run] = {}
         self._awaited: dict[str, asyncio.Future[Outcome]] = {}
+        self.tokens = Tokens(_secret(settings.home / "token-key"))
+        self.signer = Signer(settings.home / "webhook-keys", time.time())
+        self._webhook_due = asyncio.Event()
+        self._delivering: dict[str, asyncio.Task[None]] = {}
+        self._watchers: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
         self._tasks: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> LocalPlatform:
@@ -73,13 +92,18 @@ class LocalPlatform(Platform):
             self._fetcher,
             self._decoder,
             self._settings.acceleration_default,
+            self._settings.retention,
         )
+        self._webhooks = Webhooks(self.signer, self._settings.fetch_allow)
         for job in self._records.requeue_interrupted(time.time()):
             logger.warning("request %s was interrupted, now %s", job.request_id, job.status)
         for _ in range(self._records.queued()):
             self._queued.release()
+        for job in self._records.with_deadline():
+            self._expire_later(job)
         self._tasks = [asyncio.create_task(self._work(services)) for _ in range(PREPARING)]
         self._tasks.append(asyncio.create_task(self._housekeeping()))
+        self._tasks.append(asyncio.create_task(self._send_webhooks()))
         self._warming = asyncio.create_task(self._decoder.warm_up())
         return self
 
@@ -94,15 +118,40 @@ class LocalPlatform(Platform):
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        for delivery in (*self._delivering.values(),):
+            delivery.cancel()
+        await asyncio.gather(*self._delivering.values(), return_exceptions=True)
+        await self._webhooks.close()
         await self._fetcher.close()
         await asyncio.gather(self._warming, return_exceptions=True)
         await self._decoder.close()
         self._records.close()
         self._lock.close()
 
-    async def submit(self, job: Job, body: bytes) -> None:
-        await self._records.insert(job, body)
-        self._queued.release()
+    async def submit(self, job: Job, body: bytes) -> Job:
+        accepted = await self._records.insert(job, body)
+        if accepted is job:
+            self._queued.release()
+            self._expire_later(job)
+        return accepted
+
+    def _expire_later(self, job: Job) -> None:
+        """End a job that has not started when its caller's patience is over."""
+        if (timeout := job.terms.start_timeout) is not None:
+            delay = job.created + timeout - time.time()
+            if delay <= 0:
+                self._drop(job.request_id, StartTimeout())
+            else:
+                loop = asyncio.get_running_loop()
+                loop.call_later(delay, self._drop, job.request_id, StartTimeout())
+
+    def _drop(self, request_id: str, error: ApiError) -> bool:
+        """End a job that is still queued."""
+        if self._stopping or not (job := self._records.drop_queued(request_id, error, time.time())):
+            return False
+        assert job.outcome is not None
+        self._ended(job, job.outcome)
+        return True
 
     async def view(self, request_id: str) -> View | None:
         job = self._records.get(request_id)
@@ -113,6 +162,27 @@ class LocalPlatform(Platform):
         if run := self._running.get(request_id):
             return View(run.job, progress=run.progress)
         return View(job)
+
+    async def watch(self, request_id: str) -> AsyncIterator[View]:
+        changed = asyncio.Event()
+        self._watchers[request_id].add(changed)
+        try:
+            while view := await self.view(request_id):
+                yield view
+                if view.job.status == "COMPLETED":
+                    return
+                with suppress(TimeoutError):
+                    queued = view.job.status == "IN_QUEUE"
+                    await asyncio.wait_for(changed.wait(), POSITION_SECONDS if queued else None)
+                changed.clear()
+        finally:
+            self._watchers[request_id].discard(changed)
+            if not self._watchers[request_id]:
+                del self._watchers[request_id]
+
+    def _changed(self, request_id: str) -> None:
+        for changed in self._watchers.get(request_id, ()):
+            changed.set()
 
     async def outcome(self, request_id: str) -> Outcome | None:
         return await self._records.outcome(request_id)
@@ -128,9 +198,7 @@ class LocalPlatform(Platform):
         return outcome
 
     async def cancel(self, request_id: str) -> bool:
-        if job := self._records.cancel_queued(request_id, time.time()):
-            assert job.outcome is not None
-            self._announce(request_id, job.outcome)
+        if self._drop(request_id, Cancelled()):
             return True
         run = self._running.get(request_id)
         if run is None or run.task.done():
@@ -147,7 +215,10 @@ class LocalPlatform(Platform):
             await self._queued.acquire()
             try:
                 if job := self._records.claim(time.time()):
-                    await self._run(job, services)
+                    if job.outcome is not None:
+                        self._ended(job, job.outcome)
+                    else:
+                        await self._run(job, services)
             except Exception:
                 logger.exception("jobs cannot be taken from the records, trying again")
                 await asyncio.sleep(RETRY_SECONDS)
@@ -155,10 +226,11 @@ class LocalPlatform(Platform):
 
     async def _run(self, job: Job, services: Services) -> None:
         """Bring a job to its end; or, when the platform stops meanwhile, back to the queue."""
-        run, stopped = _Run(job), False
+        run, stopped = _Run(job, partial(self._changed, job.request_id)), False
         services = replace(services, generate=partial(self._on_engine, run))
         run.task = asyncio.create_task(self._perform(run, services))
         self._running[job.request_id] = run
+        run.changed()
         try:
             await asyncio.wait([run.task])
         except asyncio.CancelledError:
@@ -204,17 +276,55 @@ class LocalPlatform(Platform):
                 await asyncio.sleep(RETRY_SECONDS)
         seconds = time.time() - job.created
         logger.info("%s %s %d in %.2f s", job.request_id, job.endpoint, outcome.status, seconds)
-        self._announce(job.request_id, outcome)
+        self._ended(job, outcome)
 
-    def _announce(self, request_id: str, outcome: Outcome) -> None:
-        if end := self._awaited.pop(request_id, None):
+    def _ended(self, job: Job, outcome: Outcome) -> None:
+        """Tell those who wait for a job's end, which is on record."""
+        self._changed(job.request_id)
+        if job.terms.webhook:
+            self._send(Delivery(job.request_id, job.key_id, job.terms.webhook, attempts=0))
+        if end := self._awaited.pop(job.request_id, None):
             end.set_result(outcome)
+
+    async def _send_webhooks(self) -> None:
+        """Those that an earlier process left, and the repetitions."""
+        while True:
+            self._webhook_due.clear()
+            now = time.time()
+            try:
+                for delivery in self._records.due_webhooks(now):
+                    self._send(delivery)
+                due = self._records.next_webhook(now)
+            except sqlite3.Error:
+                logger.exception("webhooks cannot be read, trying again")
+                due = now + RETRY_SECONDS
+            with suppress(TimeoutError):
+                delay = None if due is None else max(0.0, due - time.time())
+                await asyncio.wait_for(self._webhook_due.wait(), delay)
+            await asyncio.sleep(WEBHOOK_PAUSE)
+
+    def _send(self, delivery: Delivery) -> None:
+        if delivery.request_id not in self._delivering and not self._stopping:
+            task = asyncio.create_task(self._deliver(delivery))
+            self._delivering[delivery.request_id] = task
+
+    async def _deliver(self, delivery: Delivery) -> None:
+        try:
+            load = partial(self._records.outcome, delivery.request_id)
+            attempt = await self._webhooks.deliver(delivery, load)
+            self._records.record_attempt(delivery, attempt, time.time())
+        except sqlite3.Error:  # it stays due
+            logger.exception("attempt for %s cannot be recorded", delivery.request_id)
+            await asyncio.sleep(RETRY_SECONDS)
+        finally:
+            del self._delivering[delivery.request_id]
+            self._webhook_due.set()
 
     async def _housekeeping(self) -> None:
         while True:
             try:
                 self._records.sweep(self._settings.retention)
-                await asyncio.to_thread(self.files.sweep, self._settings.retention)
+                await asyncio.to_thread(self.files.sweep)
             except (OSError, sqlite3.Error):
                 logger.exception("housekeeping failed, trying again")
             await asyncio.sleep(SWEEP_SECONDS)
@@ -225,8 +335,8 @@ class _Run:
 
     task: asyncio.Task[Outcome]
 
-    def __init__(self, job: Job) -> None:
-        self.job = job
+    def __init__(self, job: Job, changed: Callable[[], None]) -> None:
+        self.job, self.changed = job, changed
         self.progress: Progress | None = None
         self.attempted = False
 
@@ -245,6 +355,21 @@ class _Run:
 
     def log(self, message: str) -> None:
         self.job.logs.append(log_entry(message))
+        self.changed()
+
+
+def _secret(path: Path) -> bytes:
+    """32 random bytes, made once. The home is locked: nobody else makes them."""
+    if not (path.is_file() and path.stat().st_size == 32):
+        partial = path.with_suffix(".part")
+        with open(partial, "wb", opener=_private) as file:
+            file.write(secrets.token_bytes(32))
+        partial.rename(path)
+    return path.read_bytes()
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def _lock(home: Path) -> IO[str]:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import io
+import hashlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from types import TracebackType
 from typing import Any
 
@@ -21,14 +21,15 @@ import modal
 from gateway.addresses import Network
 from gateway.decoder import Decoder
 from gateway.fetch import Fetcher
-from gateway.files import NAME, Files, new_name
-from gateway.jobs import Job, Outcome
+from gateway.files import Files
+from gateway.jobs import Job, Outcome, request_digest
 from gateway.logs import log_entry
 from gateway.perform import Services, perform
 from gateway.platform import Platform, View
 from gateway.platforms.modal_records import Finished, ModalRecords
 from gateway.settings import Settings
-from schemas.errors import Cancelled, ServiceError
+from gateway.tokens import Tokens
+from schemas.errors import ApiError, Cancelled, QueueFull, ServiceError, StartTimeout
 from schemas.task import Failure, Progress, Result, Task
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,9 @@ logger = logging.getLogger(__name__)
 LOST_SECONDS = 30.0
 """Age of an unfinished request from which a look at its status asks Modal whether it still runs."""
 
+
+WATCH_SECONDS = 0.5
+"""How often a watched request is looked at."""
 
 LOST = (
     modal.exception.RemoteError,
@@ -51,44 +55,16 @@ class EngineFailure(Exception):
     """The engine's process reported an error; its reason is for our log."""
 
 
-class VolumeFiles(Files):
-    """Files on a Volume, through its API and not a mount: readable everywhere as soon as written."""
-
-    def __init__(self, volume: modal.Volume) -> None:
-        self._volume = volume
-
-    async def put(self, data: bytes, suffix: str) -> str:
-        name = new_name(suffix)
-        async with self._volume.batch_upload.aio() as batch:
-            batch.put_file(io.BytesIO(data), f"/{name}")
-        return name
-
-    async def get(self, name: str) -> bytes | None:
-        if not NAME.fullmatch(name):
-            return None
-        try:
-            chunks = [chunk async for chunk in self._volume.read_file.aio(name)]
-        except FileNotFoundError:
-            return None
-        return b"".join(chunks)
-
-    async def sweep(self, seconds: float) -> int:
-        """Delete files older than `seconds`; returns how many."""
-        old = [
-            entry.path
-            for entry in await self._volume.listdir.aio("/")
-            if entry.mtime < time.time() - seconds
-        ]
-        for path in old:
-            await self._volume.remove_file.aio(path)
-        return len(old)
-
-
 class ModalPlatform(Platform):
     """`job` is the Modal function that runs `run_job`."""
 
-    def __init__(self, job: Any, records: ModalRecords, files: Files) -> None:
+    signer = None
+
+    def __init__(self, job: Any, records: ModalRecords, files: Files, settings: Settings) -> None:
         self._job, self._records, self.files = job, records, files
+        # Every container derives the same: tokens end with the keys they stand for.
+        keys = settings.keys.get_secret_value().encode()
+        self.tokens = Tokens(hashlib.sha256(b"zimage tokens " + keys).digest())
 
     async def __aenter__(self) -> ModalPlatform:
         return self
@@ -101,21 +77,36 @@ class ModalPlatform(Platform):
     ) -> None:
         """Nothing runs here: jobs are Modal's."""
 
-    async def submit(self, job: Job, body: bytes) -> None:
+    async def submit(self, job: Job, body: bytes) -> Job:
+        limit = job.terms.max_queue_length
+        if limit is not None and (await self._job.get_current_stats.aio()).backlog >= limit:
+            raise QueueFull(limit)
         await self._records.insert(job)
+        if job.terms.idempotency_key is not None:
+            request_id = await self._records.claim_key(job, request_digest(job, body))
+            if request_id != job.request_id:
+                await self._records.forget(job)
+                loaded = await self._records.load(request_id)
+                if loaded is None:  # refused by Modal a moment ago
+                    raise _too_many()
+                return loaded[0]
         try:
             call = await self._job.spawn.aio(job, body)
         except modal.exception.ResourceExhaustedError:
-            raise ServiceError(
-                429, "Too many requests are queued; try again later", "concurrent_requests_limit"
-            ) from None
+            await self._records.forget(job, with_key=True)
+            raise _too_many() from None
         await self._records.set_call(job.request_id, call.object_id)
+        return job
 
     async def view(self, request_id: str) -> View | None:
         loaded = await self._records.load(request_id)
         if loaded is None:
             return None
         job, progress = loaded
+        if job.overdue(time.time()) and await self._end(request_id, StartTimeout()):
+            loaded = await self._records.load(request_id)
+            assert loaded is not None
+            job, progress = loaded
         old = job.status != "COMPLETED" and time.time() - job.created > LOST_SECONDS
         if old and await self._ended(request_id, timeout=0) is not None:
             loaded = await self._records.load(request_id)
@@ -124,12 +115,19 @@ class ModalPlatform(Platform):
         # Modal tells no order within its queue: 0 means "not started".
         return View(job, 0 if job.status == "IN_QUEUE" else None, progress)
 
+    async def watch(self, request_id: str) -> AsyncIterator[View]:
+        while view := await self.view(request_id):
+            yield view
+            if view.job.status == "COMPLETED":
+                return
+            await asyncio.sleep(WATCH_SECONDS)
+
     async def outcome(self, request_id: str) -> Outcome | None:
         return await self._records.outcome(request_id)
 
     async def wait(self, request_id: str) -> Outcome:
-        outcome = await self._ended(request_id, timeout=None)
-        assert outcome is not None
+        while (outcome := await self._ended(request_id, timeout=None)) is None:
+            await asyncio.sleep(WATCH_SECONDS)  # it is being spawned
         return outcome
 
     async def _ended(self, request_id: str, timeout: float | None) -> Outcome | None:
@@ -140,7 +138,7 @@ class ModalPlatform(Platform):
         """
         call_id = await self._records.call_id(request_id)
         if call_id is None:
-            raise LookupError(f"no call of request {request_id}")
+            return None
         try:
             outcome: Outcome = await modal.FunctionCall.from_id(call_id).get.aio(timeout=timeout)
             return outcome
@@ -155,7 +153,11 @@ class ModalPlatform(Platform):
         return await self._records.outcome(request_id)
 
     async def cancel(self, request_id: str) -> bool:
-        ended = Finished(Outcome.of_error(Cancelled()), time.time(), [log_entry("cancelled")])
+        return await self._end(request_id, Cancelled())
+
+    async def _end(self, request_id: str, error: ApiError) -> bool:
+        """Record an error as a job's end and stop its call; False if it had ended before."""
+        ended = Finished(Outcome.of_error(error), time.time(), [log_entry(str(error))])
         if not await self._records.finish(request_id, ended):
             return False
         if call_id := await self._records.call_id(request_id):
@@ -164,6 +166,11 @@ class ModalPlatform(Platform):
 
     async def ready(self) -> bool:
         return True
+
+
+def _too_many() -> ServiceError:
+    text = "Too many requests are queued; try again later"
+    return ServiceError(429, text, "concurrent_requests_limit")
 
 
 async def run_job(
@@ -183,6 +190,10 @@ async def run_job(
     """
     if outcome := await records.outcome(job.request_id):
         return outcome  # cancelled before it started, or delivered a second time
+    if job.overdue(time.time()):
+        late = Outcome.of_error(StartTimeout())
+        await records.finish(job.request_id, Finished(late, time.time(), []))
+        return late
     await records.set_started(job.request_id, time.time())
     logs: list[dict[str, object]] = []
 
@@ -198,7 +209,12 @@ async def run_job(
         return result
 
     services = Services(
-        generate, files, _fetcher(settings.fetch_allow), _decoder(), settings.acceleration_default
+        generate,
+        files,
+        _fetcher(settings.fetch_allow),
+        _decoder(),
+        settings.acceleration_default,
+        settings.retention,
     )
     outcome = await perform(
         job, body, services, lambda progress: None, lambda text: logs.append(log_entry(text))

@@ -20,7 +20,7 @@ from typing import Any
 
 import modal
 
-from gateway.jobs import Job, Outcome
+from gateway.jobs import Job, Outcome, key_reused
 from schemas.task import Progress
 
 
@@ -40,6 +40,26 @@ class ModalRecords:
 
     async def insert(self, job: Job) -> None:
         await self._put(job.request_id, "job", job)
+
+    async def claim_key(self, job: Job, digest: str) -> str:
+        """The request id that holds the job's Idempotency-Key: its own, or an earlier one's.
+
+        Raises InputError if that was another request.
+        """
+        entry = (job.key_id, "idempotency", job.terms.idempotency_key)
+        mine = (job.request_id, digest)
+        if await self._entries.put.aio(entry, mine, skip_if_exists=True):
+            return job.request_id
+        request_id, earlier = await self._entries.get.aio(entry)
+        if earlier != digest:
+            raise key_reused()
+        return str(request_id)
+
+    async def forget(self, job: Job, with_key: bool = False) -> None:
+        """Take back a job that was never started, and its hold on its Idempotency-Key."""
+        await self._entries.pop.aio((job.request_id, "job"))
+        if with_key and job.terms.idempotency_key is not None:
+            await self._entries.pop.aio((job.key_id, "idempotency", job.terms.idempotency_key))
 
     async def set_call(self, request_id: str, call_id: str) -> None:
         await self._put(request_id, "call", call_id)

@@ -11,13 +11,16 @@ import asyncio
 import json
 import sqlite3
 import time
-from contextlib import suppress
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from gateway.files import write_whole
-from gateway.jobs import Job, Outcome
+from gateway.jobs import Job, Outcome, Terms, key_reused, request_digest
+from gateway.webhooks import Attempt, Delivery
+from schemas.errors import ApiError, QueueFull, StartTimeout
 
 INLINE = 64 * 1024
 UNKEPT_SECONDS = 600.0
@@ -30,6 +33,10 @@ CREATE TABLE IF NOT EXISTS jobs (
     key_id          TEXT NOT NULL,
     origin          TEXT NOT NULL,
     created         REAL NOT NULL,
+    terms           TEXT NOT NULL,
+    low_priority    INTEGER NOT NULL,
+    idempotency     TEXT,
+    digest          TEXT NOT NULL,
     status          TEXT NOT NULL,
     started         REAL,
     finished        REAL,
@@ -44,17 +51,38 @@ CREATE TABLE IF NOT EXISTS jobs (
     inference_time  REAL,
     kept            INTEGER
 );
-CREATE INDEX IF NOT EXISTS queue ON jobs (sequence) WHERE status = 'IN_QUEUE';
+CREATE INDEX IF NOT EXISTS queue ON jobs (low_priority, sequence) WHERE status = 'IN_QUEUE';
+CREATE UNIQUE INDEX IF NOT EXISTS idempotency ON jobs (idempotency);
 CREATE INDEX IF NOT EXISTS running ON jobs (sequence) WHERE status = 'IN_PROGRESS';
+CREATE TABLE IF NOT EXISTS webhooks (
+    request_id      TEXT PRIMARY KEY,
+    user_id         TEXT NOT NULL,
+    url             TEXT NOT NULL,
+    attempts        INTEGER NOT NULL,
+    due             REAL,
+    delivered       REAL,
+    answer          TEXT
+);
+CREATE INDEX IF NOT EXISTS due ON webhooks (due) WHERE due IS NOT NULL;
 CREATE INDEX IF NOT EXISTS finished ON jobs (finished) WHERE status = 'COMPLETED';
 """
+
+_VERSION = 1
+_MIGRATION = """
+ALTER TABLE jobs ADD COLUMN terms TEXT NOT NULL DEFAULT '{}';
+ALTER TABLE jobs ADD COLUMN low_priority INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE jobs ADD COLUMN idempotency TEXT;
+ALTER TABLE jobs ADD COLUMN digest TEXT NOT NULL DEFAULT '';
+DROP INDEX queue;
+"""
+"""From the tables of version 0."""
 
 _STATE = (
     "status=?, started=?, finished=?, attempts=?, logs=?,"
     " http_status=?, output=?, units=?, error=?, error_type=?, inference_time=?, kept=?"
 )
 _COLUMNS = (
-    "request_id, endpoint, key_id, origin, created, status, started, finished, attempts, logs,"
+    "request_id, endpoint, key_id, origin, created, terms, status, started, finished, attempts, logs,"
     " http_status, units, error, error_type, inference_time, kept"
 )
 
@@ -67,9 +95,19 @@ class Records:
         self._bodies.mkdir(parents=True, exist_ok=True)
         self._db = sqlite3.connect(home / "zimage.db", isolation_level=None)
         self._db.row_factory = sqlite3.Row
-        self._db.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL;" + _SCHEMA)
-
+        self._db.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL;")
+        self._migrate()
         self._remove_orphans()
+
+    def _migrate(self) -> None:
+        (version,) = self._db.execute("PRAGMA user_version").fetchone()
+        (old,) = self._db.execute(
+            "SELECT COUNT(*) FROM sqlite_master WHERE type='table' AND name='jobs'"
+        ).fetchone()
+        migration = _MIGRATION if old and version < _VERSION else ""
+        self._db.executescript(
+            f"BEGIN; {migration} {_SCHEMA} PRAGMA user_version={_VERSION}; COMMIT;"
+        )
 
     def _remove_orphans(self) -> None:
         """Bodies whose row was never written: the process died in between."""
@@ -81,25 +119,62 @@ class Records:
     def close(self) -> None:
         self._db.close()
 
-    async def insert(self, job: Job, body: bytes) -> None:
+    async def insert(self, job: Job, body: bytes) -> Job:
+        """Write a new job down; or return the one that has its key's Idempotency-Key already.
+
+        Raises QueueFull, and InputError if that earlier job was another request.
+        """
         inline = await self._spool(job.request_id, "input", body)
+        terms = job.terms
+        idempotency, digest = None, ""
+        if terms.idempotency_key is not None:
+            idempotency = json.dumps([job.key_id, terms.idempotency_key])
+            digest = await asyncio.to_thread(request_digest, job, body)
+        try:
+            if idempotency and (earlier := self._earlier(idempotency, digest)):
+                self._path(job.request_id, "input").unlink(missing_ok=True)
+                return earlier
+            if terms.max_queue_length is not None and self.queued() >= terms.max_queue_length:
+                raise QueueFull(terms.max_queue_length)
+        except ApiError:
+            self._path(job.request_id, "input").unlink(missing_ok=True)
+            raise
         self._db.execute(
-            "INSERT INTO jobs (request_id, endpoint, key_id, origin, created, status, attempts,"
-            " logs, input) VALUES (?,?,?,?,?,?,?,?,?)",
-            (job.request_id, job.endpoint, job.key_id, job.origin, job.created, job.status, 0)
-            + ("[]", inline),
+            "INSERT INTO jobs (request_id, endpoint, key_id, origin, created, terms, low_priority,"
+            " idempotency, digest, status, attempts, logs, input)"
+            " VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?)",
+            (job.request_id, job.endpoint, job.key_id, job.origin, job.created)
+            + (json.dumps(asdict(terms)), terms.low_priority, idempotency, digest)
+            + (job.status, 0, "[]", inline),
         )
+        return job
+
+    def _earlier(self, idempotency: str, digest: str) -> Job | None:
+        row = self._db.execute(
+            f"SELECT {_COLUMNS}, digest FROM jobs WHERE idempotency=?", (idempotency,)
+        ).fetchone()
+        if row is None:
+            return None
+        if row["digest"] != digest:
+            raise key_reused()
+        return _job(row)
 
     def claim(self, now: float) -> Job | None:
-        """Start the oldest queued job."""
+        """Start the oldest queued job; one that should have started before is COMPLETED instead."""
         row = self._db.execute(
-            f"SELECT {_COLUMNS} FROM jobs WHERE status='IN_QUEUE' ORDER BY sequence LIMIT 1"
+            f"SELECT {_COLUMNS} FROM jobs WHERE status='IN_QUEUE'"
+            " ORDER BY low_priority, sequence LIMIT 1"
         ).fetchone()
         if row is None:
             return None
         job = _job(row)
-        job.start(now)
-        self._update(job, None)
+        if job.overdue(now):
+            job.drop(StartTimeout(), now)
+            assert job.outcome is not None
+            self._update(job, job.outcome.body)
+        else:
+            job.start(now)
+            self._update(job, None)
         return job
 
     async def body(self, request_id: str) -> bytes:
@@ -123,12 +198,12 @@ class Records:
         with suppress(OSError):  # an orphan goes at the next start
             self._path(job.request_id, "input").unlink(missing_ok=True)
 
-    def cancel_queued(self, request_id: str, now: float) -> Job | None:
-        """Finish a queued job as cancelled; None if it is not queued."""
+    def drop_queued(self, request_id: str, error: ApiError, now: float) -> Job | None:
+        """Finish a queued job with an error; None if it is not queued."""
         job = self.get(request_id)
         if job is None or job.status != "IN_QUEUE":
             return None
-        job.cancel(now)
+        job.drop(error, now)
         assert job.outcome is not None
         self._update(job, job.outcome.body)
         self._path(request_id, "input").unlink(missing_ok=True)
@@ -174,6 +249,14 @@ class Records:
         job.hand_back(attempted)
         self._update(job, None)
 
+    def with_deadline(self) -> list[Job]:
+        """Queued jobs that must start within some time."""
+        rows = self._db.execute(
+            f"SELECT {_COLUMNS} FROM jobs WHERE status='IN_QUEUE'"
+            " AND json_extract(terms, '$.start_timeout') IS NOT NULL"
+        ).fetchall()
+        return [_job(row) for row in rows]
+
     def queued(self) -> int:
         """How many jobs wait to be started."""
         (count,) = self._db.execute("SELECT COUNT(*) FROM jobs WHERE status='IN_QUEUE'").fetchone()
@@ -182,11 +265,36 @@ class Records:
     def position(self, request_id: str) -> int:
         """How many queued jobs are ahead."""
         (count,) = self._db.execute(
-            "SELECT COUNT(*) FROM jobs WHERE status='IN_QUEUE' AND sequence <"
-            " (SELECT sequence FROM jobs WHERE request_id=?)",
+            "SELECT COUNT(*) FROM jobs WHERE status='IN_QUEUE' AND (low_priority, sequence) <"
+            " (SELECT low_priority, sequence FROM jobs WHERE request_id=?)",
             (request_id,),
         ).fetchone()
         return int(count)
+
+    def due_webhooks(self, now: float) -> list[Delivery]:
+        """Webhooks to send now, those included that are being sent."""
+        rows = self._db.execute(
+            "SELECT request_id, user_id, url, attempts FROM webhooks WHERE due<=? ORDER BY due",
+            (now,),
+        ).fetchall()
+        return [Delivery(*row) for row in rows]
+
+    def next_webhook(self, now: float) -> float | None:
+        """When the next one after `now` is due."""
+        (due,) = self._db.execute("SELECT MIN(due) FROM webhooks WHERE due>?", (now,)).fetchone()
+        return None if due is None else float(due)
+
+    def record_attempt(self, delivery: Delivery, attempt: Attempt, now: float) -> None:
+        self._db.execute(
+            "UPDATE webhooks SET attempts=?, due=?, delivered=?, answer=? WHERE request_id=?",
+            (
+                delivery.attempts + 1,
+                None if attempt.again is None else now + attempt.again,
+                now if attempt.delivered else None,
+                attempt.answer,
+                delivery.request_id,
+            ),
+        )
 
     def sweep(self, seconds: float) -> int:
         """Forget jobs that finished more than `seconds` ago, some hundreds at a time; returns how many.
@@ -196,9 +304,15 @@ class Records:
         now = time.time()
         rows = self._db.execute(
             "DELETE FROM jobs WHERE sequence IN (SELECT sequence FROM jobs WHERE status='COMPLETED'"
-            " AND (finished<? OR (NOT kept AND finished<?)) LIMIT 500) RETURNING request_id",
+            " AND (finished<? OR (NOT kept AND finished<?)) AND NOT EXISTS (SELECT 1 FROM webhooks"
+            " WHERE webhooks.request_id=jobs.request_id AND due IS NOT NULL)"
+            " LIMIT 500) RETURNING request_id",
             (now - seconds, now - UNKEPT_SECONDS),
         ).fetchall()
+        self._db.execute(
+            "DELETE FROM webhooks WHERE due IS NULL"
+            " AND request_id NOT IN (SELECT request_id FROM jobs)"
+        )
         for row in rows:
             for kind in ("input", "output"):
                 self._path(row["request_id"], kind).unlink(missing_ok=True)
@@ -209,13 +323,31 @@ class Records:
         results: tuple[Any, ...] = (None,) * 7
         if outcome:
             results = (outcome.status, output, outcome.units)
-            results += (outcome.error, outcome.error_type, outcome.inference_time, outcome.kept)
-        drop = ", input=NULL" if job.status == "COMPLETED" else ""
-        self._db.execute(
-            f"UPDATE jobs SET {_STATE}{drop} WHERE request_id=?",
-            (job.status, job.started, job.finished, job.attempts, json.dumps(job.logs))
-            + (*results, job.request_id),
-        )
+            results += (outcome.error, outcome.error_type, outcome.inference_time)
+            results += (outcome.kept and job.terms.store,)
+        ended = job.status == "COMPLETED"
+        with self._transaction():
+            self._db.execute(
+                f"UPDATE jobs SET {_STATE}{', input=NULL' if ended else ''} WHERE request_id=?",
+                (job.status, job.started, job.finished, job.attempts, json.dumps(job.logs))
+                + (*results, job.request_id),
+            )
+            if ended and job.terms.webhook:  # with the end of the job, or not at all
+                self._db.execute(
+                    "INSERT INTO webhooks (request_id, user_id, url, attempts, due)"
+                    " VALUES (?,?,?,0,?)",
+                    (job.request_id, job.key_id, job.terms.webhook, job.finished),
+                )
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._db.execute("BEGIN")
+        try:
+            yield
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")
 
     async def _spool(self, request_id: str, kind: str, body: bytes) -> bytes | None:
         if len(body) <= INLINE:
@@ -227,6 +359,17 @@ class Records:
         return self._bodies / f"{request_id}.{kind}"
 
 
+def read_webhooks(home: Path) -> list[dict[str, Any]]:
+    """Every webhook on record, newest first; beside a running server. Raises FileNotFoundError."""
+    path = home / "zimage.db"
+    if not path.is_file():
+        raise FileNotFoundError(f"{home} has no records")
+    with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
+        db.row_factory = sqlite3.Row
+        rows = db.execute("SELECT * FROM webhooks ORDER BY rowid DESC").fetchall()
+    return [dict(row) for row in rows]
+
+
 def _job(row: sqlite3.Row) -> Job:
     return Job(
         request_id=row["request_id"],
@@ -234,6 +377,7 @@ def _job(row: sqlite3.Row) -> Job:
         key_id=row["key_id"],
         origin=row["origin"],
         created=row["created"],
+        terms=Terms(**json.loads(row["terms"])),
         status=row["status"],
         started=row["started"],
         finished=row["finished"],

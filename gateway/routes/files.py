@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from fastapi import APIRouter, HTTPException, Request, Response
+from fastapi.responses import StreamingResponse
 
 from gateway.accept import platform
-from gateway.files import URL_PATH
-from media.encode import CONTENT_TYPES
+from gateway.files import CONTENT_TYPES, URL_PATH
+from gateway.openapi import file_operation
 
 router = APIRouter()
 
 
 @router.head(URL_PATH + "{name}", include_in_schema=False)
-@router.get(URL_PATH + "{name}", summary="A generated picture", tags=["files"])
+@router.get(URL_PATH + "{name}", **file_operation())
 async def file(request: Request, name: str) -> Response:
-    data = await platform(request).files.get(name)
-    if data is None:
+    chunks = await platform(request).files.stream(name)
+    if chunks is None:
         raise HTTPException(404)
-    content_type = next(t for f, t in CONTENT_TYPES.items() if name.endswith(f".{f}"))
+    content_type = CONTENT_TYPES[name.rpartition(".")[2]]
     headers = {
         "Cache-Control": "private, max-age=31536000, immutable",
         "X-Content-Type-Options": "nosniff",
     }
-    return Response(data, headers=headers, media_type=content_type)
+    return StreamingResponse(chunks, headers=headers, media_type=content_type)

@@ -6,9 +6,12 @@ accepted too. A request is visible to the key that made it and to no other.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import AsyncIterator
+from dataclasses import asdict
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
+from fastapi.sse import EventSourceResponse
 
 from gateway.accept import accept, authenticate, origin, platform
 from gateway.middleware import QUEUE_PREFIX
@@ -20,6 +23,10 @@ from schemas.errors import ApiError
 
 router = APIRouter(prefix=QUEUE_PREFIX)
 
+IN_PROGRESS = {
+    "detail": "Request is still in progress",
+    "message": "Request is still in progress",
+}
 _TRUE = ("1", "true", "yes", "on")
 
 
@@ -29,7 +36,7 @@ class NotFound(ApiError):
     status = 404
 
     def body(self) -> dict[str, str]:
-        return {"status": "NOT_FOUND"}
+        return {"status": "NOT_FOUND", "message": "Request not found"}
 
 
 def _add(endpoint: Endpoint) -> None:
@@ -37,7 +44,8 @@ def _add(endpoint: Endpoint) -> None:
         job = await accept(request, endpoint)
         view = await platform(request).view(job.request_id)
         assert view is not None
-        return _status(request, view, logs=False, submitted=True)
+        body = _body(request, View(job, view.position), logs=[])
+        return json_response(body, headers={"x-fal-request-id": job.request_id})
 
     operation: dict[str, Any] = submit_operation(endpoint)
     router.add_api_route(f"/{endpoint.id}", submit, methods=["POST"], **operation)
@@ -50,7 +58,43 @@ for _endpoint in ENDPOINTS.values():
 @router.get("/{app:path}/requests/{request_id}/status", **queue_operation("status"))
 async def status(request: Request, app: str, request_id: str) -> Response:
     view = await _view(request, app, request_id)
-    return _status(request, view, logs=request.query_params.get("logs", "").lower() in _TRUE)
+    body = _body(request, view, view.job.logs if _wants_logs(request) else [])
+    code = 200 if view.job.status == "COMPLETED" else 202
+    return json_response(body, code, {"x-fal-request-id": request_id})
+
+
+async def _view(request: Request, app: str, request_id: str) -> View:
+    """The caller's own request. Raises NotFound or Unauthorized."""
+    key_id = authenticate(request)
+    view = await platform(request).view(request_id)
+    if view is None or view.job.key_id != key_id:
+        raise NotFound
+    if app not in (view.job.endpoint, ENDPOINTS[view.job.endpoint].app):
+        raise NotFound
+    return view
+
+
+@router.get(
+    "/{app:path}/requests/{request_id}/status/stream",
+    response_class=EventSourceResponse,
+    **queue_operation("stream"),
+)
+async def status_stream(
+    request: Request, response: Response, view: Annotated[View, Depends(_view)]
+) -> AsyncIterator[dict[str, Any]]:
+    """One event for every change; each carries only the logs that are new."""
+    request_id = view.job.request_id
+    response.headers["x-fal-request-id"] = request_id
+    sent, last = 0, None
+    async for now in platform(request).watch(request_id):
+        logs = now.job.logs if _wants_logs(request) else []
+        if len(logs) < sent:  # interrupted, and begun anew
+            sent = 0
+        body = _body(request, now, logs[sent:])
+        sent = len(logs)
+        if body != last:
+            yield body
+        last = {**body, "logs": []} if "logs" in body else body
 
 
 @router.get("/{app:path}/requests/{request_id}/response", include_in_schema=False)
@@ -59,7 +103,7 @@ async def result(request: Request, app: str, request_id: str) -> Response:
     view = await _view(request, app, request_id)
     headers = {"x-fal-request-id": request_id}
     if view.job.status != "COMPLETED":
-        return json_response({"detail": "Request is still in progress"}, 400, headers)
+        return json_response(IN_PROGRESS, 400, headers)
     outcome = await platform(request).outcome(request_id)
     if outcome is None:
         raise NotFound
@@ -75,47 +119,34 @@ async def cancel(request: Request, app: str, request_id: str) -> Response:
     return json_response({"status": "ALREADY_COMPLETED"}, 400, headers)
 
 
-async def _view(request: Request, app: str, request_id: str) -> View:
-    """The caller's own request. Raises NotFound or Unauthorized."""
-    key_id = authenticate(request)
-    view = await platform(request).view(request_id)
-    if view is None or view.job.key_id != key_id:
-        raise NotFound
-    if app not in (view.job.endpoint, ENDPOINTS[view.job.endpoint].app):
-        raise NotFound
-    return view
+def _wants_logs(request: Request) -> bool:
+    return request.query_params.get("logs", "").lower() in _TRUE
 
 
-def _status(request: Request, view: View, *, logs: bool, submitted: bool = False) -> Response:
+def _body(request: Request, view: View, logs: list[dict[str, object]]) -> dict[str, Any]:
     job = view.job
     prefix = "" if request.scope.get("queue_host") else QUEUE_PREFIX
     app = ENDPOINTS[job.endpoint].app
     url = f"{origin(request)}{prefix}/{app}/requests/{job.request_id}"
     body: dict[str, Any] = {
-        "status": "IN_QUEUE" if submitted else job.status,
+        "status": job.status,
         "request_id": job.request_id,
         "response_url": url,
         "status_url": f"{url}/status",
         "cancel_url": f"{url}/cancel",
     }
-    if body["status"] == "IN_QUEUE":
+    if job.status == "IN_QUEUE":
         body["queue_position"] = view.position or 0
     else:
-        body["logs"] = job.logs if logs else []
-        body["metrics"] = {}
-    if view.progress is not None and not submitted:
-        progress = view.progress
+        body["logs"], body["metrics"] = logs, {}
+    if view.progress is not None:
         body["progress"] = {
-            "step": progress.step,
-            "steps": progress.steps,
-            "image": progress.image,
-            "images": progress.images,
-            "fraction": round(progress.fraction, 4),
+            **asdict(view.progress),
+            "fraction": round(view.progress.fraction, 4),
         }
-    if job.outcome is not None and not submitted:
+    if job.outcome is not None:
         if job.outcome.inference_time is not None:
             body["metrics"]["inference_time"] = job.outcome.inference_time
         if job.outcome.error is not None:
             body["error"], body["error_type"] = job.outcome.error, job.outcome.error_type
-    code = 200 if submitted or job.status == "COMPLETED" else 202
-    return json_response(body, code, {"x-fal-request-id": job.request_id})
+    return body

@@ -14,12 +14,13 @@ import pytest
 import trustme
 
 from inference.engine import Engine
+from tests.clients.readme import pointing
 from tests.conftest import CAT, Server, serving
 
 KEY = "alice:a-secret-long-enough"
 
 PRELUDE = f"""
-import fal_client, json, sys
+import fal_client, json, os, sys
 CAT = fal_client.encode_file({str(CAT)!r})
 ID = "fal-ai/z-image/turbo/image-to-image"
 SMALL = {{"prompt": "x", "image_url": CAT, "image_size": {{"width": 64, "height": 48}}, "seed": 4}}
@@ -41,15 +42,15 @@ def tls(tmp_path_factory: pytest.TempPathFactory, engine: Engine) -> Iterator[tu
 def client(tls: tuple[Server, Path], program: str, key: str = KEY) -> Any:
     """Run a program against the server as its user would; returns the JSON it prints last."""
     server, authority = tls
+    run_host, queue_host, *uploads = pointing("fal-client", server.url)
     environment = {
         **os.environ,
+        **dict(line.split("=") for line in (run_host, queue_host)),
         "FAL_KEY": key,
-        "FAL_RUN_HOST": f"localhost:{server.port}",
-        "FAL_QUEUE_RUN_HOST": f"localhost:{server.port}/queue",
         "SSL_CERT_FILE": str(authority),
     }
     finished = subprocess.run(
-        [sys.executable, "-c", PRELUDE + program],
+        [sys.executable, "-c", PRELUDE + "\n".join([*uploads, program])],
         env=environment,
         capture_output=True,
         text=True,
@@ -156,3 +157,55 @@ print(json.dumps([result["seed"] for result in asyncio.run(main())]))
 """,
     )
     assert output == [0, 1, 2]
+
+
+@pytest.mark.parametrize("threshold", [100_000_000, 1000], ids=["whole", "in parts"])
+def test_upload(tls: tuple[Server, Path], threshold: int) -> None:
+    output = client(
+        tls,
+        f"""
+fal_client.client.MULTIPART_THRESHOLD = {threshold}
+url = fal_client.upload_file({str(CAT)!r})
+result = fal_client.run(ID, arguments={{**SMALL, "image_url": url}})
+print(json.dumps([url, len(result["images"])]))
+""",
+    )
+    url, images = output
+    assert images == 1
+    server, _ = tls
+    stored = server.home / "files" / url.rpartition("/")[2]
+    assert stored.read_bytes() == CAT.read_bytes()
+
+
+def test_stream(tls: tuple[Server, Path]) -> None:
+    output = client(
+        tls,
+        """
+events = list(fal_client.stream(ID, arguments=SMALL))
+print(json.dumps([[e["progress"]["step"] for e in events[:-1]], len(events[-1]["images"])]))
+""",
+    )
+    steps, images = output
+    assert steps and steps == sorted(steps) and images == 1
+
+
+@pytest.mark.parametrize("use_jwt", [True, False])
+def test_realtime(tls: tuple[Server, Path], use_jwt: bool) -> None:
+    output = client(
+        tls,
+        f"""
+seeds = []
+with fal_client.realtime(ID, use_jwt={use_jwt}) as connection:
+    for seed in (1, 2):
+        connection.send({{**SMALL, "seed": seed}})
+        seeds.append(connection.recv()["seed"])
+    connection.send({{**SMALL, "strength": 2}})
+    try:
+        connection.recv()
+    except Exception as error:
+        seeds.append(str(error))
+print(json.dumps(seeds))
+""",
+    )
+    assert output[:2] == [1, 2]
+    assert "strength" in output[2]

@@ -18,7 +18,8 @@ import httpcore2
 import pytest
 
 from gateway.addresses import Address, Network, is_public
-from gateway.fetch import Fetcher, GuardedBackend, resolve
+from gateway.fetch import Fetcher
+from gateway.guarded import GuardedBackend, resolve
 from media.decode import MAX_BYTES, decode
 from schemas.errors import InputError
 

@@ -1,9 +1,11 @@
 """Every transition of a job's life, allowed and not."""
 
+from dataclasses import replace
+
 import pytest
 
-from gateway.jobs import MAX_ATTEMPTS, IllegalTransition, Job, Outcome
-from schemas.errors import InputError, ServiceError
+from gateway.jobs import MAX_ATTEMPTS, IllegalTransition, Job, Outcome, Terms
+from schemas.errors import Cancelled, InputError, ServiceError
 
 DONE = Outcome(200, b"{}", units=1.0)
 
@@ -54,7 +56,7 @@ def test_a_job_that_keeps_killing_its_worker_fails() -> None:
 
 def test_cancelled_in_the_queue() -> None:
     it = job()
-    it.cancel(2.0)
+    it.drop(Cancelled(), 2.0)
     assert it.status == "COMPLETED" and it.outcome is not None
     assert (it.outcome.status, it.outcome.error_type) == (499, "client_cancelled")
     assert it.outcome.units == 0
@@ -68,7 +70,7 @@ def test_everything_else_is_illegal(first: list[str]) -> None:
         "attempt": lambda it: it.attempt(),
         "interrupt": lambda it: it.interrupt(3.0),
         "hand_back": lambda it: it.hand_back(attempted=False),
-        "cancel": lambda it: it.cancel(3.0),
+        "cancel": lambda it: it.drop(Cancelled(), 3.0),
     }
     allowed = {(): {"start", "cancel"}, ("start",): {"finish", "attempt", "interrupt", "hand_back"}}
     for name, step in steps.items():
@@ -87,3 +89,22 @@ def test_the_outcome_of_an_error_carries_its_type() -> None:
     assert (refused.status, refused.error_type, refused.units) == (422, "image_load_error", 0)
     failed = Outcome.of_error(ServiceError(500, "oh", "internal_error"))
     assert (failed.status, failed.error_type, failed.error) == (500, "internal_error", "oh")
+
+
+def test_a_job_that_must_not_be_retried_fails_the_first_time() -> None:
+    it = replace(job(), terms=Terms(retry=False))
+    it.start(2.0)
+    it.interrupt(3.0)  # it never reached the engine
+    it.start(4.0)
+    it.attempt()
+    it.interrupt(5.0)
+    assert it.status == "COMPLETED" and it.outcome is not None
+    assert it.outcome.error_type == "runner_disconnected"
+
+
+def test_a_job_is_overdue_until_it_starts() -> None:
+    it = replace(job(), terms=Terms(start_timeout=5.0))
+    assert [it.overdue(now) for now in (1.0, 5.9, 6.0)] == [False, False, True]
+    it.start(5.0)
+    assert not it.overdue(100.0)
+    assert not job().overdue(1e9)

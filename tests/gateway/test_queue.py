@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
+import threading
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,8 @@ from inference.engine import Engine
 from tests.conftest import I2I, T2I, Server, serving
 
 SMALL = {"prompt": "x", "image_size": {"width": 64, "height": 64}, "seed": 1}
+RUNNING = dict.fromkeys(("detail", "message"), "Request is still in progress")
+MISSING = {"status": "NOT_FOUND", "message": "Request not found"}
 LARGE = {"prompt": "x", "image_size": {"width": 512, "height": 512}, "num_images": 4}
 
 
@@ -41,8 +46,6 @@ def until(server: Server, url: str, status: str) -> dict[str, Any]:
 
 def anonymous(server: Server, body: Any) -> Any:
     """A body with what differs between runs replaced."""
-    import json
-
     text = json.dumps(body).replace(server.url, "http://HOST")
     text = re.sub(r"[0-9a-f]{8}-[0-9a-f-]{27}", "ID", text)
     text = re.sub(r"\d{4}-\d\d-\d\dT[\d:.+]+", "TIME", text)
@@ -85,7 +88,10 @@ def test_the_whole_way(held: Server) -> None:
         2,
     ]
     early = server.http.get(accepted["response_url"])
-    assert (early.status_code, early.json()) == (400, {"detail": "Request is still in progress"})
+    assert (early.status_code, early.json()) == (
+        400,
+        dict.fromkeys(("detail", "message"), "Request is still in progress"),
+    )
 
     server.engine.gate.set()
     server.wait(accepted["status_url"])
@@ -208,7 +214,7 @@ def test_unknown_requests(server: Server) -> None:
         server.http.get(f"{url}/status"),
         server.http.put(f"{url}/cancel"),
     ):
-        assert (answer.status_code, answer.json()) == (404, {"status": "NOT_FOUND"})
+        assert (answer.status_code, answer.json()) == (404, MISSING)
 
 
 def test_bad_input_is_refused_at_submit(server: Server) -> None:
@@ -239,7 +245,8 @@ def test_a_picture_that_cannot_be_read_fails_the_job(server: Server) -> None:
                         "supported_formats": [".jpg", ".jpeg", ".png", ".webp", ".gif", ".avif"]
                     },
                 }
-            ]
+            ],
+            "message": "image_url: Unsupported or unrecognized image format",
         }
     )
 
@@ -257,7 +264,11 @@ def test_cancel_in_the_queue(held: Server) -> None:
     result = held.http.get(last["response_url"])
     assert result.status_code == 499
     assert anonymous(held, result.json()) == snapshot(
-        {"detail": "Request was cancelled by the client", "error_type": "client_cancelled"}
+        {
+            "detail": "Request was cancelled by the client",
+            "error_type": "client_cancelled",
+            "message": "Request was cancelled by the client",
+        }
     )
     held.engine.gate.set()
     for each in accepted[:-1]:
@@ -299,7 +310,7 @@ def test_keys_see_their_own_requests_only(tmp_path: Path, engine: Engine) -> Non
         refused = server.http.post(T2I, json=SMALL)
         assert (refused.status_code, refused.json()) == (
             401,
-            {"detail": "Authorization header is required"},
+            dict.fromkeys(("detail", "message"), "Authorization header is required"),
         )
         assert refused.headers["x-fal-request-id"]
         accepted = server.http.post(f"/queue{T2I}", json=SMALL, headers=alice).json()
@@ -311,7 +322,7 @@ def test_keys_see_their_own_requests_only(tmp_path: Path, engine: Engine) -> Non
             server.http.get(accepted["response_url"], headers=bob),
             server.http.put(accepted["cancel_url"], headers=bob),
         ):
-            assert (answer.status_code, answer.json()) == (404, {"status": "NOT_FOUND"})
+            assert (answer.status_code, answer.json()) == (404, MISSING)
         result = server.http.get(accepted["response_url"], headers=alice).json()
         assert server.http.get(result["images"][0]["url"]).status_code == 200
         assert server.http.get("/health").status_code == 200
@@ -324,3 +335,51 @@ def test_status_answers_while_a_picture_is_denoised(server: Server) -> None:
     while server.http.get(accepted["status_url"]).json()["status"] != "COMPLETED":
         answers += 1
     assert answers > 50
+
+
+def events(server: Server, url: str, **params: Any) -> list[dict[str, Any]]:
+    with server.http.stream("GET", url, params=params) as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        lines = [line for line in answer.iter_lines() if line]
+    assert all(line.startswith(("data: ", ":")) for line in lines)
+    return [json.loads(line[6:]) for line in lines if line.startswith("data: ")]
+
+
+def test_the_status_stream_follows_a_request_to_its_end(held: Server) -> None:
+    submit(held)
+    accepted = submit(held, {**SMALL, "num_inference_steps": 3})
+    threading.Timer(0.3, held.engine.gate.set).start()
+    seen = events(held, accepted["status_url"] + "/stream", logs=1)
+    states = [event["status"] for event in seen]
+    assert states == sorted(states, key=["IN_QUEUE", "IN_PROGRESS", "COMPLETED"].index)
+    assert states[-1] == "COMPLETED" and states.count("COMPLETED") == 1
+    assert all(one != other for one, other in pairwise(seen))
+    logs = [entry["message"] for event in seen for entry in event.get("logs", ())]
+    whole = held.http.get(accepted["status_url"], params={"logs": 1}).json()["logs"]
+    assert logs == [entry["message"] for entry in whole]  # each once, none lost
+    assert [e["progress"]["step"] for e in seen if "progress" in e] == [1, 2, 3]
+
+
+def test_the_status_stream_of_a_finished_request_is_one_event(
+    tmp_path: Path, engine: Engine
+) -> None:
+    with serving(tmp_path, engine) as server:
+        accepted = submit(server)
+        server.wait(accepted["status_url"])
+        (event,) = events(server, accepted["status_url"] + "/stream")
+        assert (event["status"], event["logs"]) == ("COMPLETED", [])
+
+
+def test_the_status_stream_of_an_unknown_request(held: Server) -> None:
+    answer = held.http.get("/queue/fal-ai/z-image/requests/nothing/status/stream")
+    assert (answer.status_code, answer.json()["status"]) == (404, "NOT_FOUND")
+
+
+def test_many_streams_end_with_their_readers(held: Server) -> None:
+    accepted = submit(held)
+    url = accepted["status_url"] + "/stream"
+    for _ in range(20):
+        with held.http.stream("GET", url) as answer:
+            next(answer.iter_lines())
+    held.engine.gate.set()
+    assert held.wait(accepted["status_url"])["status"] == "COMPLETED"

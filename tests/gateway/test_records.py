@@ -79,13 +79,16 @@ def test_finished_jobs_are_forgotten_when_due(tmp_path: Path) -> None:
 def test_files_are_deleted_when_due(tmp_path: Path) -> None:
     async def scenario() -> None:
         files = DirectoryFiles(tmp_path)
-        old, young = [await files.put(b"data", "png") for _ in range(2)]
-        os.utime(tmp_path / old, (time.time() - 101, time.time() - 101))
-        assert files.sweep(100) == 1
-        assert await files.get(old) is None
-        assert await files.get(young) == b"data"
+        old, young = [await files.put(b"data", "png", lifetime) for lifetime in (-1, 100)]
+        assert await files.get(old, 100) is None  # although it is still there
+        abandoned = tmp_path / "parts" / f"{young}.1"
+        abandoned.write_bytes(b"part")
+        os.utime(abandoned, (1, 1))
+        assert files.sweep() == 2
+        assert await files.get(young, 100) == b"data"
 
     asyncio.run(scenario())
+    assert len([*tmp_path.rglob("*.*")]) == 1
 
 
 def test_bodies_without_a_job_are_removed_at_the_next_start(tmp_path: Path) -> None:

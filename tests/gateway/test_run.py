@@ -206,16 +206,14 @@ def test_a_broken_engine_is_a_500_that_says_nothing_of_why(
     answer = server.http.post(I2I, json={"prompt": "a", "image_url": CAT_URI, **FAST})
     assert (answer.status_code, answer.json()) == (
         500,
-        {"detail": "Internal Server Error", "error_type": "internal_error"},
+        {
+            "detail": "Internal Server Error",
+            "error_type": "internal_error",
+            "message": "Internal Server Error",
+        },
     )
     assert answer.headers["x-fal-error-type"] == "internal_error"
     assert answer.headers["x-fal-billable-units"] == "0"
-
-
-def test_webhooks_are_refused_not_forgotten(server: Server) -> None:
-    answer = server.http.post(f"/queue{T2I}?fal_webhook=https://a.example", json={"prompt": "a"})
-    assert answer.status_code == 422
-    assert answer.json()["detail"][0]["type"] == "feature_not_supported"
 
 
 @pytest.mark.parametrize("host", ["[::1", "a b", "a/b", "a@b", "a:123456", "<c>"])
@@ -234,7 +232,7 @@ def test_unknown_paths_and_methods(server: Server) -> None:
     missing = server.http.post("/fal-ai/z-image/nothing", json={})
     assert (missing.status_code, missing.json()) == (
         404,
-        {"detail": "Path /fal-ai/z-image/nothing not found"},
+        dict.fromkeys(("detail", "message"), "Path /fal-ai/z-image/nothing not found"),
     )
     assert missing.headers["x-fal-billable-units"] == "0"
     assert server.http.get(I2I).status_code == 405

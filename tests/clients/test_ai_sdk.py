@@ -1,0 +1,87 @@
+"""Vercel's AI SDK with its fal provider, unmodified, in node."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from inference.engine import Engine
+from tests.clients.npm import install, node
+from tests.clients.readme import pointing
+from tests.conftest import Server, serving
+
+KEY = "id:secret-long-enough"
+
+PRELUDE = """
+import {{ createFal }} from "@ai-sdk/fal";
+import {{ generateImage }} from "ai";
+const fal = {create};
+const model = fal.image("fal-ai/z-image/turbo");
+const small = {{ fal: {{ image_size: {{ width: 64, height: 48 }} }} }};
+const show = (value) => console.log(JSON.stringify(value));
+"""
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return install(tmp_path_factory.mktemp("npm"), "ai@7.0.173", "@ai-sdk/fal@3.0.41")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, engine: Engine) -> Iterator[Server]:
+    with serving(tmp_path_factory.mktemp("home"), engine, keys=KEY) as server:
+        yield server
+
+
+def program(server: Server, text: str, key: str = KEY) -> str:
+    (create,) = pointing("AI SDK", server.url)
+    return PRELUDE.format(create=create.replace(KEY, key)) + text
+
+
+def test_generate_image(project: Path, server: Server) -> None:
+    output = node(
+        project,
+        program(
+            server,
+            """
+const { images, providerMetadata } = await generateImage(
+  { model, prompt: "a red apple", n: 2, seed: 4, size: "64x48", providerOptions: small });
+show([images.length, images[0].mediaType, images[0].uint8Array.length > 100]);
+""",
+        ),
+    )
+    assert output == [2, "image/png", True]
+
+
+def test_a_422_shows_its_detail(project: Path, server: Server) -> None:
+    output = node(
+        project,
+        program(
+            server,
+            """
+try {
+  await generateImage({ model, prompt: "x", size: "64x48",
+    providerOptions: { fal: { num_inference_steps: 20 } } });
+} catch (error) { show([error.statusCode, error.message]); }
+""",
+        ),
+    )
+    status, message = output
+    assert status == 422 and "num_inference_steps" in message
+
+
+def test_a_wrong_key(project: Path, server: Server) -> None:
+    output = node(
+        project,
+        program(
+            server,
+            """
+try { await generateImage({ model, prompt: "x", size: "64x48" }); }
+catch (error) { show([error.statusCode, error.message]); }
+""",
+            key="id:not-the-secret-at-all",
+        ),
+    )
+    assert output == [401, "No user found for Key ID and Secret"]

@@ -1,0 +1,95 @@
+"""huggingface_hub's InferenceClient with provider "fal-ai", its hosts pointed here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from inference.engine import Engine
+from tests.clients.readme import pointing
+from tests.conftest import CAT, Server, serving
+
+KEY = "alice:a-secret-long-enough"
+
+PRELUDE = """
+import json, os
+from huggingface_hub import InferenceClient
+from huggingface_hub.hf_api import InferenceProviderMapping
+from huggingface_hub.inference._providers import PROVIDERS
+from huggingface_hub.inference._providers._common import HARDCODED_MODEL_INFERENCE_MAPPING
+
+MODELS = {
+    "text-to-image": ("a/turbo", "fal-ai/z-image/turbo"),
+    "image-to-image": ("a/edit", "fal-ai/z-image/turbo/image-to-image"),
+}
+HARDCODED_MODEL_INFERENCE_MAPPING["fal-ai"] = {  # what the hub would say, without asking it
+    name: InferenceProviderMapping(
+        hf_model_id=name, provider="fal-ai", providerId=endpoint, task=task, status="live")
+    for task, (name, endpoint) in MODELS.items()
+}
+client = InferenceClient(provider="fal-ai", api_key=os.environ["FAL_KEY"])
+"""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, engine: Engine) -> Iterator[Server]:
+    with serving(tmp_path_factory.mktemp("home"), engine, keys=KEY) as server:
+        yield server
+
+
+def run(server: Server, program: str) -> Any:
+    finished = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "\n".join([PRELUDE, *pointing("huggingface_hub", server.url), program]),
+        ],
+        env={**os.environ, "FAL_KEY": KEY, "HF_HUB_OFFLINE": "0"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert finished.returncode == 0, finished.stderr
+    return json.loads(finished.stdout.splitlines()[-1])
+
+
+def test_text_to_image(server: Server) -> None:
+    size = run(
+        server,
+        """
+image = client.text_to_image("a red apple", model="a/turbo", width=64, height=48, seed=4)
+print(json.dumps(image.size))
+""",
+    )
+    assert size == [64, 48]
+
+
+def test_image_to_image(server: Server) -> None:
+    size = run(
+        server,
+        f"""
+image = client.image_to_image(
+    {str(CAT)!r}, prompt="a red apple", model="a/edit", num_inference_steps=1)
+print(json.dumps(image.size))
+""",
+    )
+    assert size == [451, 300]
+
+
+def test_a_422_shows_its_detail(server: Server) -> None:
+    status, text = run(
+        server,
+        """
+try:
+    client.text_to_image("x", model="a/turbo", num_inference_steps=99)
+except Exception as error:
+    print(json.dumps([error.response.status_code, error.response.text]))
+""",
+    )
+    assert status == 422 and "num_inference_steps" in text

@@ -1,0 +1,67 @@
+"""LiteLLM's image generation with fal, `api_base` pointed at an endpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from inference.engine import Engine
+from tests.clients.readme import pointing
+from tests.conftest import Server, serving
+
+KEY = "id:secret-long-enough"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, engine: Engine) -> Iterator[Server]:
+    with serving(tmp_path_factory.mktemp("home"), engine, keys=KEY) as server:
+        yield server
+
+
+def run(server: Server, program: str) -> Any:
+    finished = subprocess.run(
+        [sys.executable, "-c", "import json, litellm\n" + program],
+        env={
+            **os.environ,
+            **dict(line.split("=") for line in pointing("LiteLLM", server.url)),
+            "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+        },
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert finished.returncode == 0, finished.stderr
+    return json.loads(finished.stdout.splitlines()[-1])
+
+
+def test_image_generation(server: Server) -> None:
+    url = run(
+        server,
+        """
+answer = litellm.image_generation(
+    model="fal_ai/fal-ai/z-image/turbo", prompt="a red apple",
+    image_size={"width": 64, "height": 48})
+print(json.dumps(answer.data[0].url))
+""",
+    )
+    assert server.http.get(url).status_code == 200
+
+
+def test_a_422_shows_its_detail(server: Server) -> None:
+    message = run(
+        server,
+        """
+try:
+    litellm.image_generation(
+        model="fal_ai/fal-ai/z-image/turbo", prompt="a red apple", num_inference_steps=99)
+except Exception as error:
+    print(json.dumps(str(error)))
+""",
+    )
+    assert "num_inference_steps: Input should be less than or equal to 8" in message
