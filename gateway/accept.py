@@ -20,7 +20,7 @@ from gateway.platform import Platform
 from gateway.settings import Settings
 from gateway.terms import read_terms
 from schemas.endpoints import Endpoint
-from schemas.errors import InputError, ServiceError
+from schemas.errors import InputError, ServiceError, body_too_large
 
 MAX_BODY = 32 * 1024 * 1024
 """Bytes: a data URI of the largest accepted picture, and room for the rest."""
@@ -97,12 +97,5 @@ async def read_body(request: Request, limit: int) -> bytes:
     async for chunk in request.stream():
         body += chunk
         if len(body) > limit:
-            error = InputError(
-                ("body",),
-                f"Request body exceeds the maximum of {limit} bytes; use a URL instead",
-                "file_too_large",
-                ctx={"max_size": limit},
-            )
-            error.status = 413
-            raise error
+            raise body_too_large("Request body", limit, "; use a URL instead")
     return bytes(body)

@@ -16,7 +16,7 @@ import httpcore2
 import httpx2
 
 from gateway.addresses import Network
-from gateway.guarded import Resolve, Unusable, checked_url, guarded_pool, resolve, wire
+from gateway.guarded import UNREACHABLE, Resolve, Unusable, checked_url, guarded_pool, resolve, wire
 from media.decode import MAX_BYTES, file_too_large
 from schemas.errors import InputError, Loc
 
@@ -62,15 +62,7 @@ class Fetcher:
         try:
             async with asyncio.timeout(self._seconds):
                 return await self._download(url, loc)
-        except (
-            httpcore2.NetworkError,
-            httpcore2.ProtocolError,
-            httpcore2.UnsupportedProtocol,
-            httpcore2.TimeoutException,
-            TimeoutError,
-            httpx2.InvalidURL,
-            Unusable,
-        ) as error:
+        except (*UNREACHABLE, httpx2.InvalidURL, Unusable) as error:
             logger.info("fetch of %.200s failed: %s", url, error or type(error).__name__)
             raise InputError(loc, "File download error", "file_download_error", input=url) from None
 

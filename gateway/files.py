@@ -49,13 +49,21 @@ class Files(Protocol):
         """Store for `lifetime` seconds and return the new name. Readable as soon as this returns."""
         ...
 
-    async def get(self, name: str, limit: int = sys.maxsize) -> bytes | None:
-        """The content, or None for a name that is unknown, expired or malformed. Raises TooLarge."""
+    async def stream(self, name: str) -> AsyncIterator[bytes] | None:
+        """The content in pieces, or None for a name that is unknown, expired or malformed."""
         ...
 
-    async def stream(self, name: str) -> AsyncIterator[bytes] | None:
-        """The content in pieces, however large; None as above."""
-        ...
+    async def get(self, name: str, limit: int = sys.maxsize) -> bytes | None:
+        """The content at once, at most `limit` bytes; None as above. Raises TooLarge."""
+        chunks = await self.stream(name)
+        if chunks is None:
+            return None
+        data = bytearray()
+        async for chunk in chunks:
+            data += chunk
+            if len(data) > limit:
+                raise TooLarge
+        return bytes(data)
 
     async def write(self, name: str, chunks: AsyncIterator[bytes], limit: int) -> int:
         """Store an upload under a `new_name`; returns its bytes. Raises TooLarge."""
@@ -82,7 +90,7 @@ def expired(name: str, now: float) -> bool:
     return match is None or int(match[1]) <= now
 
 
-class DirectoryFiles:
+class DirectoryFiles(Files):
     """Files in one flat directory. Writes appear whole or not at all."""
 
     def __init__(self, directory: Path) -> None:
@@ -94,10 +102,6 @@ class DirectoryFiles:
         name = new_name(suffix, lifetime)
         await asyncio.to_thread(write_whole, self._directory / name, data)
         return name
-
-    async def get(self, name: str, limit: int = sys.maxsize) -> bytes | None:
-        chunks = await self.stream(name)
-        return None if chunks is None else await collect(chunks, limit)
 
     async def stream(self, name: str) -> AsyncIterator[bytes] | None:
         if expired(name, time.time()):
@@ -137,16 +141,6 @@ class DirectoryFiles:
                     path.unlink()
                     deleted += 1
         return deleted
-
-
-async def collect(chunks: AsyncIterator[bytes], limit: int) -> bytes:
-    """All of it. Raises TooLarge."""
-    data = bytearray()
-    async for chunk in chunks:
-        data += chunk
-        if len(data) > limit:
-            raise TooLarge
-    return bytes(data)
 
 
 async def _read(file: IO[bytes]) -> AsyncIterator[bytes]:

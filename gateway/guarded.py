@@ -30,6 +30,16 @@ _LOOKUPS = ThreadPoolExecutor(8, thread_name_prefix="lookup")
 Resolve = Callable[[str, int], Awaitable[Sequence[Address]]]
 
 
+UNREACHABLE = (
+    httpcore2.NetworkError,
+    httpcore2.ProtocolError,
+    httpcore2.UnsupportedProtocol,
+    httpcore2.TimeoutException,
+    TimeoutError,
+)
+"""What goes wrong with somebody else's server."""
+
+
 class Refused(httpcore2.ConnectError):
     """A destination the fetcher does not talk to. The reason is for our log only."""
 

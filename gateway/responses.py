@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from fastapi import Response
 
 from gateway.jobs import Outcome
 from schemas.errors import ApiError, StartTimeout
+from schemas.task import Progress
 
 
 def json_response(
@@ -37,6 +39,11 @@ def outcome_response(request_id: str, outcome: Outcome) -> Response:
     if outcome.error_type == StartTimeout.error_type:
         headers["x-fal-request-timeout-type"] = "user"
     return Response(outcome.body, outcome.status, headers, media_type="application/json")
+
+
+def progress_body(progress: Progress) -> dict[str, float]:
+    """step, steps, image, images, and the fraction 0…1 of all of them."""
+    return {**asdict(progress), "fraction": round(progress.fraction, 4)}
 
 
 def billable_units(units: float) -> str:

@@ -17,7 +17,7 @@ from gateway.guarded import Unusable, checked_url
 from gateway.jobs import Terms
 from schemas.errors import ValidationFailed
 
-_TRUE = ("1", "true", "yes", "on")
+TRUE = ("1", "true", "yes", "on")
 
 
 class _Headers(BaseModel):
@@ -85,7 +85,7 @@ def read_terms(headers: Mapping[str, str], query: Mapping[str, str]) -> Terms:
     return Terms(
         start_timeout=known.timeout,
         low_priority=known.priority == "low",
-        retry=known.no_retry.lower() not in _TRUE,
+        retry=known.no_retry.lower() not in TRUE,
         store=known.store_io != "0",
         max_queue_length=asked.fal_max_queue_length,
         idempotency_key=known.idempotency_key,

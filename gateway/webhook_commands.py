@@ -13,9 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from gateway.platforms.records import read_webhooks
 from gateway.settings import Settings, SettingsError, read
-from gateway.signing import Signer
 from gateway.terminal import fail
 
 app = typer.Typer(help="Webhooks: attempts and signing keys.", no_args_is_help=True)
@@ -39,6 +37,8 @@ def list_webhooks(
     as_json: Annotated[bool, typer.Option("--json", help="One object for each.")] = False,
 ) -> None:
     """Webhooks on record, newest first: attempts, what the receiver last answered, what is next."""
+    from gateway.platforms.records import read_webhooks
+
     try:
         rows = read_webhooks(_home(home))
     except (FileNotFoundError, sqlite3.OperationalError) as error:
@@ -64,6 +64,8 @@ def state(row: dict[str, Any]) -> str:
 @app.command("rotate-key")
 def rotate_key(home: _Home = None) -> None:
     """Publish a new signing key. It signs from tomorrow, when no receiver's cache lacks it."""
+    from gateway.signing import Signer
+
     starts = Signer(_home(home) / "webhook-keys", time.time()).rotate(time.time())
     print(f"The new key is published now and signs from {_time(starts)}.")
 

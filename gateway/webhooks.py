@@ -18,11 +18,10 @@ from dataclasses import dataclass
 from functools import partial
 from weakref import WeakValueDictionary
 
-import httpcore2
 import httpx2
 
 from gateway.addresses import Network
-from gateway.guarded import Resolve, Unusable, checked_url, guarded_pool, resolve, wire
+from gateway.guarded import UNREACHABLE, Resolve, Unusable, checked_url, guarded_pool, resolve, wire
 from gateway.jobs import Outcome
 from gateway.signing import Signer
 
@@ -133,15 +132,7 @@ class Webhooks:
                     extensions={"timeout": timeouts},
                 ) as response:
                     return f"status {response.status}", response.status
-        except (
-            httpcore2.NetworkError,
-            httpcore2.ProtocolError,
-            httpcore2.UnsupportedProtocol,
-            httpcore2.TimeoutException,
-            TimeoutError,
-            Unusable,
-            httpx2.InvalidURL,
-        ) as error:
+        except (*UNREACHABLE, httpx2.InvalidURL, Unusable) as error:
             return type(error).__name__, None
 
 

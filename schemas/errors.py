@@ -90,6 +90,14 @@ class InputError(ApiError):
         return {"detail": self.detail, "message": field_message(self.detail)}
 
 
+def body_too_large(what: str, limit: int, advice: str = "") -> InputError:
+    """A request body of more than `limit` bytes: 413."""
+    message = f"{what} exceeds the maximum of {limit} bytes{advice}"
+    error = InputError(("body",), message, "file_too_large", ctx={"max_size": limit})
+    error.status = 413
+    return error
+
+
 class ValidationFailed(InputError):
     """pydantic's errors for the body, or another part of a request, rendered in fal's shape."""
 

@@ -29,6 +29,7 @@ from gateway.jobs import Job, Outcome
 from gateway.logs import log_entry, progress_message
 from gateway.perform import GenerateAsync, OnProgress, Services, perform
 from gateway.platform import Platform, View
+from gateway.platforms.outbox import Outbox
 from gateway.platforms.records import Records
 from gateway.settings import Settings
 from gateway.signing import Signer
@@ -46,9 +47,6 @@ suspected when the process dies."""
 
 POSITION_SECONDS = 1.0
 """How often watchers of queued requests look at their position."""
-
-WEBHOOK_PAUSE = 0.1
-"""Seconds between two looks at what is due."""
 
 SWEEP_SECONDS = 60.0
 RETRY_SECONDS = 1.0
@@ -79,8 +77,6 @@ class LocalPlatform(Platform):
         self._awaited: dict[str, asyncio.Future[Outcome]] = {}
         self.tokens = Tokens(_secret(settings.home / "token-key"))
         self.signer = Signer(settings.home / "webhook-keys", time.time())
-        self._webhook_due = asyncio.Event()
-        self._delivering: dict[str, asyncio.Task[None]] = {}
         self._watchers: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -94,7 +90,8 @@ class LocalPlatform(Platform):
             self._settings.acceleration_default,
             self._settings.retention,
         )
-        self._webhooks = Webhooks(self.signer, self._settings.fetch_allow)
+        webhooks = Webhooks(self.signer, self._settings.fetch_allow)
+        self._outbox = Outbox(self._records, webhooks)
         for job in self._records.requeue_interrupted(time.time()):
             logger.warning("request %s was interrupted, now %s", job.request_id, job.status)
         for _ in range(self._records.queued()):
@@ -103,7 +100,7 @@ class LocalPlatform(Platform):
             self._expire_later(job)
         self._tasks = [asyncio.create_task(self._work(services)) for _ in range(PREPARING)]
         self._tasks.append(asyncio.create_task(self._housekeeping()))
-        self._tasks.append(asyncio.create_task(self._send_webhooks()))
+        self._tasks.append(asyncio.create_task(self._outbox.run()))
         self._warming = asyncio.create_task(self._decoder.warm_up())
         return self
 
@@ -118,10 +115,7 @@ class LocalPlatform(Platform):
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for delivery in (*self._delivering.values(),):
-            delivery.cancel()
-        await asyncio.gather(*self._delivering.values(), return_exceptions=True)
-        await self._webhooks.close()
+        await self._outbox.close()
         await self._fetcher.close()
         await asyncio.gather(self._warming, return_exceptions=True)
         await self._decoder.close()
@@ -282,43 +276,9 @@ class LocalPlatform(Platform):
         """Tell those who wait for a job's end, which is on record."""
         self._changed(job.request_id)
         if job.terms.webhook:
-            self._send(Delivery(job.request_id, job.key_id, job.terms.webhook, attempts=0))
+            self._outbox.send(Delivery(job.request_id, job.key_id, job.terms.webhook, attempts=0))
         if end := self._awaited.pop(job.request_id, None):
             end.set_result(outcome)
-
-    async def _send_webhooks(self) -> None:
-        """Those that an earlier process left, and the repetitions."""
-        while True:
-            self._webhook_due.clear()
-            now = time.time()
-            try:
-                for delivery in self._records.due_webhooks(now):
-                    self._send(delivery)
-                due = self._records.next_webhook(now)
-            except sqlite3.Error:
-                logger.exception("webhooks cannot be read, trying again")
-                due = now + RETRY_SECONDS
-            with suppress(TimeoutError):
-                delay = None if due is None else max(0.0, due - time.time())
-                await asyncio.wait_for(self._webhook_due.wait(), delay)
-            await asyncio.sleep(WEBHOOK_PAUSE)
-
-    def _send(self, delivery: Delivery) -> None:
-        if delivery.request_id not in self._delivering and not self._stopping:
-            task = asyncio.create_task(self._deliver(delivery))
-            self._delivering[delivery.request_id] = task
-
-    async def _deliver(self, delivery: Delivery) -> None:
-        try:
-            load = partial(self._records.outcome, delivery.request_id)
-            attempt = await self._webhooks.deliver(delivery, load)
-            self._records.record_attempt(delivery, attempt, time.time())
-        except sqlite3.Error:  # it stays due
-            logger.exception("attempt for %s cannot be recorded", delivery.request_id)
-            await asyncio.sleep(RETRY_SECONDS)
-        finally:
-            del self._delivering[delivery.request_id]
-            self._webhook_due.set()
 
     async def _housekeeping(self) -> None:
         while True:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import io
-import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator
@@ -12,7 +11,7 @@ from typing import BinaryIO
 
 import modal
 
-from gateway.files import PART_SECONDS, Files, TooLarge, collect, expired, new_name
+from gateway.files import PART_SECONDS, Files, TooLarge, expired, new_name
 
 
 class VolumeFiles(Files):
@@ -23,10 +22,6 @@ class VolumeFiles(Files):
         name = new_name(suffix, lifetime)
         await self._upload(io.BytesIO(data), name)
         return name
-
-    async def get(self, name: str, limit: int = sys.maxsize) -> bytes | None:
-        chunks = await self.stream(name)
-        return None if chunks is None else await collect(chunks, limit)
 
     async def stream(self, name: str) -> AsyncIterator[bytes] | None:
         if expired(name, time.time()):

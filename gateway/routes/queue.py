@@ -7,7 +7,6 @@ accepted too. A request is visible to the key that made it and to no other.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from dataclasses import asdict
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
@@ -17,7 +16,8 @@ from gateway.accept import accept, authenticate, origin, platform
 from gateway.middleware import QUEUE_PREFIX
 from gateway.openapi import queue_operation, submit_operation
 from gateway.platform import View
-from gateway.responses import json_response, outcome_response
+from gateway.responses import json_response, outcome_response, progress_body
+from gateway.terms import TRUE
 from schemas.endpoints import ENDPOINTS, Endpoint
 from schemas.errors import ApiError
 
@@ -27,7 +27,6 @@ IN_PROGRESS = {
     "detail": "Request is still in progress",
     "message": "Request is still in progress",
 }
-_TRUE = ("1", "true", "yes", "on")
 
 
 class NotFound(ApiError):
@@ -120,7 +119,7 @@ async def cancel(request: Request, app: str, request_id: str) -> Response:
 
 
 def _wants_logs(request: Request) -> bool:
-    return request.query_params.get("logs", "").lower() in _TRUE
+    return request.query_params.get("logs", "").lower() in TRUE
 
 
 def _body(request: Request, view: View, logs: list[dict[str, object]]) -> dict[str, Any]:
@@ -140,10 +139,7 @@ def _body(request: Request, view: View, logs: list[dict[str, object]]) -> dict[s
     else:
         body["logs"], body["metrics"] = logs, {}
     if view.progress is not None:
-        body["progress"] = {
-            **asdict(view.progress),
-            "fraction": round(view.progress.fraction, 4),
-        }
+        body["progress"] = progress_body(view.progress)
     if job.outcome is not None:
         if job.outcome.inference_time is not None:
             body["metrics"]["inference_time"] = job.outcome.inference_time

@@ -22,7 +22,7 @@ from gateway.responses import json_response
 from gateway.settings import Settings
 from gateway.terms import read_lifetime
 from gateway.tokens import Tokens
-from schemas.errors import InputError, ServiceError, ValidationFailed
+from schemas.errors import InputError, ServiceError, ValidationFailed, body_too_large
 
 UPLOAD_SECONDS = 3600.0
 MAX_PARTS = 10_000
@@ -176,7 +176,7 @@ async def _store(request: Request, name: str) -> None:
     try:
         await platform(request).files.write(name, request.stream(), limit)
     except TooLarge:
-        raise _too_large(limit) from None
+        raise body_too_large("File", limit) from None
 
 
 async def _store_part(request: Request, name: str, number: int) -> Response:
@@ -186,7 +186,7 @@ async def _store_part(request: Request, name: str, number: int) -> Response:
     try:
         size = await platform(request).files.write_part(name, number, request.stream(), limit)
     except TooLarge:
-        raise _too_large(limit) from None
+        raise body_too_large("File", limit) from None
     etag = f'"{number}-{size}"'
     return json_response({"partNumber": number, "etag": etag}, headers={"ETag": etag})
 
@@ -200,7 +200,7 @@ async def _join(request: Request, name: str) -> Response:
     except FileNotFoundError:
         raise InputError(("body", "parts"), "A part has not been uploaded", "value_error") from None
     except TooLarge:
-        raise _too_large(limit) from None
+        raise body_too_large("File", limit) from None
     return json_response({"access_url": f"{origin(request)}{URL_PATH}{name}"})
 
 
@@ -209,15 +209,8 @@ def _limit(request: Request) -> int:
     settings: Settings = request.app.state.settings
     length = request.headers.get("content-length", "")
     if re.fullmatch(r"\d+", length) and int(length) > settings.upload_max:
-        raise _too_large(settings.upload_max)
+        raise body_too_large("File", settings.upload_max)
     return settings.upload_max
-
-
-def _too_large(limit: int) -> InputError:
-    message = f"File exceeds the maximum of {limit} bytes"
-    error = InputError(("body",), message, "file_too_large", ctx={"max_size": limit})
-    error.status = 413
-    return error
 
 
 async def _read(request: Request, model: type[Model]) -> Model:

@@ -7,7 +7,6 @@ its error's body. fal's clients hand on every event and resolve with the last.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from dataclasses import asdict
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
@@ -16,6 +15,7 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 from gateway.accept import accept, platform
 from gateway.jobs import Job
 from gateway.openapi import stream_operation
+from gateway.responses import progress_body
 from schemas.endpoints import ENDPOINTS
 
 router = APIRouter()
@@ -33,8 +33,8 @@ async def stream(
     async for view in platform(request).watch(job.request_id):
         if view.progress is not None and view.progress != last:
             last = view.progress
-            progress = {**asdict(last), "fraction": round(last.fraction, 4)}
-            yield ServerSentEvent(data={"request_id": job.request_id, "progress": progress})
+            event = {"request_id": job.request_id, "progress": progress_body(last)}
+            yield ServerSentEvent(data=event)
     outcome = await platform(request).outcome(job.request_id)
     if outcome is not None:
         yield ServerSentEvent(raw_data=outcome.body.decode())

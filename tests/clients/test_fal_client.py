@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +10,7 @@ import pytest
 import trustme
 
 from inference.engine import Engine
+from tests.clients.python import python
 from tests.clients.readme import pointing
 from tests.conftest import CAT, Server, serving
 
@@ -43,21 +40,9 @@ def client(tls: tuple[Server, Path], program: str, key: str = KEY) -> Any:
     """Run a program against the server as its user would; returns the JSON it prints last."""
     server, authority = tls
     run_host, queue_host, *uploads = pointing("fal-client", server.url)
-    environment = {
-        **os.environ,
-        **dict(line.split("=") for line in (run_host, queue_host)),
-        "FAL_KEY": key,
-        "SSL_CERT_FILE": str(authority),
-    }
-    finished = subprocess.run(
-        [sys.executable, "-c", PRELUDE + "\n".join([*uploads, program])],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
-    assert finished.returncode == 0, finished.stderr
-    return json.loads(finished.stdout.splitlines()[-1])
+    environment = dict(line.split("=") for line in (run_host, queue_host))
+    environment |= {"FAL_KEY": key, "SSL_CERT_FILE": str(authority)}
+    return python(PRELUDE + "\n".join([*uploads, program]), **environment)
 
 
 def test_run(tls: tuple[Server, Path]) -> None:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from inference.engine import Engine
+from tests.clients.python import python
 from tests.clients.readme import pointing
 from tests.conftest import CAT, Server, serving
 
@@ -44,19 +41,8 @@ def server(tmp_path_factory: pytest.TempPathFactory, engine: Engine) -> Iterator
 
 
 def run(server: Server, program: str) -> Any:
-    finished = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            "\n".join([PRELUDE, *pointing("huggingface_hub", server.url), program]),
-        ],
-        env={**os.environ, "FAL_KEY": KEY, "HF_HUB_OFFLINE": "0"},
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
-    assert finished.returncode == 0, finished.stderr
-    return json.loads(finished.stdout.splitlines()[-1])
+    lines = [PRELUDE, *pointing("huggingface_hub", server.url), program]
+    return python("\n".join(lines), FAL_KEY=KEY, HF_HUB_OFFLINE="0")
 
 
 def test_text_to_image(server: Server) -> None:

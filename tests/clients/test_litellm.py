@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from inference.engine import Engine
+from tests.clients.python import python
 from tests.clients.readme import pointing
 from tests.conftest import Server, serving
 
@@ -25,19 +22,9 @@ def server(tmp_path_factory: pytest.TempPathFactory, engine: Engine) -> Iterator
 
 
 def run(server: Server, program: str) -> Any:
-    finished = subprocess.run(
-        [sys.executable, "-c", "import json, litellm\n" + program],
-        env={
-            **os.environ,
-            **dict(line.split("=") for line in pointing("LiteLLM", server.url)),
-            "LITELLM_LOCAL_MODEL_COST_MAP": "True",
-        },
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
-    assert finished.returncode == 0, finished.stderr
-    return json.loads(finished.stdout.splitlines()[-1])
+    environment = dict(line.split("=") for line in pointing("LiteLLM", server.url))
+    environment["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
+    return python("import json, litellm\n" + program, **environment)
 
 
 def test_image_generation(server: Server) -> None:

@@ -16,11 +16,11 @@ import trustme
 
 from gateway.settings import Deployment, Settings
 from inference.engine import Engine
+from tests.clients.npm import FAL_CLIENT, install
 from tests.conftest import ROOT, Server, serving
 
 README = (ROOT / "README.md").read_text()
 HOST = "http://127.0.0.1:8000"
-FAL_JS = "@fal-ai/client@1.10.1"
 
 
 def blocks(language: str) -> list[str]:
@@ -77,12 +77,8 @@ def test_python(tmp_path: Path, engine: Engine) -> None:
 
 
 def test_javascript(tmp_path: Path, plain: Server) -> None:
-    if not (shutil.which("node") and shutil.which("npm")):
-        if os.environ.get("CI"):
-            pytest.fail("node and npm are needed in CI")
-        pytest.skip("node and npm are not installed")
     (block,) = blocks("js")
-    run(["npm", "install", "--silent", "--no-audit", "--no-fund", FAL_JS], cwd=tmp_path)
+    install(tmp_path, FAL_CLIENT)
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
     (tmp_path / "program.mjs").write_text(block.replace(HOST, plain.url))
     request_id, url = run(["node", "program.mjs"], cwd=tmp_path).stdout.split()

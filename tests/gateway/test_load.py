@@ -4,50 +4,32 @@ from __future__ import annotations
 
 import json
 import random
-import socket
 import sqlite3
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing
 from pathlib import Path
 from typing import Any
 
 import httpx2
 
 from tests.conftest import ROOT, T2I
+from tests.gateway.processes import free_port, running
 from tests.gateway.receiver import receiving
 
 JOB = {"prompt": "x", "image_size": {"width": 64, "height": 64}}
 CLIENTS, JOBS, KILLS = 50, 20, 20
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
-
-
-@contextmanager
-def serve(home: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
+def serve(
+    home: Path, port: int, **environment: str
+) -> AbstractContextManager[subprocess.Popen[bytes]]:
     command = [sys.executable, ROOT / "scripts" / "no_op_server.py", home, str(port)]
-    with (home.parent / "log").open("ab") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT)
-    try:
-        while True:
-            assert process.poll() is None, (home.parent / "log").read_text()
-            try:
-                if httpx2.get(f"http://127.0.0.1:{port}/ready").status_code == 200:
-                    break
-            except httpx2.TransportError:
-                time.sleep(0.05)
-        yield process
-    finally:
-        process.kill()
-        process.wait()
+    return running(command, home.parent / "log", port, **environment)
 
 
 def records(home: Path, query: str) -> list[tuple[Any, ...]]:

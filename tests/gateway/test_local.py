@@ -186,3 +186,19 @@ def test_a_stop_keeps_what_is_finished_and_what_was_cancelled(tmp_path: Path) ->
         assert statuses == {"cancelled": 499, "finishing": 200}
 
     on_platform(tmp_path, Sleepy(), look)
+
+
+def test_watchers_leave_nothing_behind(tmp_path: Path) -> None:
+    async def scenario(platform: LocalPlatform) -> None:
+        request_id = await submitted(platform)
+        watching = [platform.watch(request_id) for _ in range(20)]
+        states = [(await anext(watcher)).job.status for watcher in watching]
+        assert set(states) <= {"IN_QUEUE", "IN_PROGRESS"}
+        assert len(platform._watchers[request_id]) == 20
+        for watcher in watching[1:]:
+            await watcher.aclose()  # type: ignore[attr-defined]
+        assert [view.job.status async for view in watching[0]][-1] == "COMPLETED"
+        assert not platform._watchers
+        assert [watcher async for watcher in platform.watch("unknown")] == []
+
+    on_platform(tmp_path, Sleepy(0.1), scenario)

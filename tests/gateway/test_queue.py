@@ -373,13 +373,3 @@ def test_the_status_stream_of_a_finished_request_is_one_event(
 def test_the_status_stream_of_an_unknown_request(held: Server) -> None:
     answer = held.http.get("/queue/fal-ai/z-image/requests/nothing/status/stream")
     assert (answer.status_code, answer.json()["status"]) == (404, "NOT_FOUND")
-
-
-def test_many_streams_end_with_their_readers(held: Server) -> None:
-    accepted = submit(held)
-    url = accepted["status_url"] + "/stream"
-    for _ in range(20):
-        with held.http.stream("GET", url) as answer:
-            next(answer.iter_lines())
-    held.engine.gate.set()
-    assert held.wait(accepted["status_url"])["status"] == "COMPLETED"

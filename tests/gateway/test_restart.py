@@ -2,50 +2,27 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import httpx2
 
 from tests.conftest import T2I
+from tests.gateway.processes import free_port, running
 
 ZIMAGE = Path(sys.executable).parent / "zimage"
 JOB = {"prompt": "x", "image_size": {"width": 384, "height": 384}, "num_images": 4, "seed": 3}
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
-
-
-@contextmanager
-def serve(home: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("ZIMAGE_")}
+def serve(home: Path, port: int) -> AbstractContextManager[subprocess.Popen[bytes]]:
     command = [ZIMAGE, "serve", "--home", home, "--port", str(port)]
-    with (home.parent / "log").open("ab") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-    try:
-        while True:
-            assert process.poll() is None, (home.parent / "log").read_text()
-            try:
-                if httpx2.get(f"http://127.0.0.1:{port}/ready").status_code == 200:
-                    break
-            except httpx2.ConnectError:
-                time.sleep(0.1)
-        yield process
-    finally:
-        if process.poll() is None:
-            process.terminate()
-        process.wait()
+    return running(command, home.parent / "log", port)
 
 
 def test_a_killed_server_loses_nothing(tmp_path: Path) -> None:

@@ -10,19 +10,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-from tests.gateway.test_load import free_port, serve
+from tests.gateway.processes import free_port
+from tests.gateway.test_load import serve
 
 KEY = "test:a-secret-of-sixteen"
 EXCLUDED = "positive_data_acceptance,negative_data_rejection"
 
 
-def test_all_checks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_checks(tmp_path: Path) -> None:
     port = free_port()
-    monkeypatch.setenv("ZIMAGE_AUTH", "on")
-    monkeypatch.setenv("ZIMAGE_KEYS", KEY)
-    with serve(tmp_path / "home", port):
+    with serve(tmp_path / "home", port, ZIMAGE_AUTH="on", ZIMAGE_KEYS=KEY):
         command = [
             str(Path(sys.executable).parent / "st"),
             *("run", f"http://127.0.0.1:{port}/openapi.json"),
