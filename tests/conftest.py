@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import io
 import socket
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,11 @@ ROOT = Path(__file__).parent.parent
 CAT = ROOT / "examples" / "cat.jpg"
 I2I = "/fal-ai/z-image/turbo/image-to-image"
 T2I = "/fal-ai/z-image/turbo"
+ENDS = {
+    "failed": (500, "Internal Server Error"),
+    "cancelled": (499, "Request was cancelled by the client"),
+}
+"""How a request may end without pictures, and what its caller is told."""
 
 
 @pytest.fixture(scope="session")
@@ -57,13 +63,14 @@ def opened(data: bytes) -> Image.Image:
 
 
 class Counting:
-    """A real engine that counts what it was asked, and can be held up before it begins."""
+    """A real engine that counts what it was asked, can be held up before it begins, or broken."""
 
     def __init__(self, engine: Generate) -> None:
         self.engine = engine
         self.tasks: list[Task] = []
         self.gate = threading.Event()
         self.gate.set()
+        self.broken = False
         self.cancelled = 0
 
     def __call__(
@@ -73,6 +80,8 @@ class Counting:
         cancelled: Callable[[], bool] = lambda: False,
     ) -> Result:
         self.tasks.append(task)
+        if self.broken:
+            raise RuntimeError("a broken engine")
         while not self.gate.wait(0.02):
             if cancelled():
                 break
@@ -97,6 +106,37 @@ class Server:
             if answer["status"] == "COMPLETED":
                 return dict(answer)
             time.sleep(0.01)
+
+    @contextmanager
+    def ending(self, end: str, key: str) -> Iterator[None]:
+        """What is asked meanwhile fails in the engine ("failed"), or is "cancelled" by its owner."""
+        self.engine.broken = end == "failed"
+        stop = threading.Event()
+
+        def cancel() -> None:
+            while not stop.wait(0.02):
+                for request_id in self.unfinished():
+                    url = f"/queue/fal-ai/z-image/requests/{request_id}/cancel"
+                    self.http.put(url, headers={"Authorization": f"Key {key}"})
+
+        thread = threading.Thread(target=cancel)
+        if end == "cancelled":
+            self.engine.gate.clear()
+            thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            if end == "cancelled":
+                thread.join()
+            self.engine.broken = False
+            self.engine.gate.set()
+
+    def unfinished(self) -> list[str]:
+        """Request ids, oldest first."""
+        with closing(sqlite3.connect(self.home / "zimage.db", timeout=20)) as db:
+            query = "SELECT request_id FROM jobs WHERE status != 'COMPLETED' ORDER BY sequence"
+            return [request_id for (request_id,) in db.execute(query)]
 
 
 @contextmanager

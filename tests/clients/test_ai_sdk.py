@@ -10,7 +10,7 @@ import pytest
 from inference.engine import Engine
 from tests.clients.npm import install, node
 from tests.clients.readme import pointing
-from tests.conftest import Server, serving
+from tests.conftest import ENDS, Server, serving
 
 KEY = "id:secret-long-enough"
 
@@ -85,3 +85,13 @@ catch (error) { show([error.statusCode, error.message]); }
         ),
     )
     assert output == [401, "No user found for Key ID and Secret"]
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_an_end_without_pictures(project: Path, server: Server, end: str) -> None:
+    text = """
+try { await generateImage({ model, prompt: "x", maxRetries: 0, providerOptions: small }); }
+catch (error) { show([error.statusCode, error.message]); }
+"""
+    with server.ending(end, KEY):
+        assert tuple(node(project, program(server, text))) == ENDS[end]

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 import trustme
 
 from inference.engine import Engine
 from tests.clients.python import python
 from tests.clients.readme import pointing
-from tests.conftest import CAT, Server, serving
+from tests.conftest import CAT, ENDS, Server, serving
 
 KEY = "alice:a-secret-long-enough"
 
@@ -31,8 +33,12 @@ def tls(tmp_path_factory: pytest.TempPathFactory, engine: Engine) -> Iterator[tu
     certificate = authority.issue_cert("localhost")
     authority.cert_pem.write_to_path(folder / "ca.pem")
     certificate.private_key_and_cert_chain_pem.write_to_path(folder / "server.pem")
-    ssl = {"ssl_certfile": folder / "server.pem"}
-    with serving(folder / "home", engine, keys=KEY, ssl=ssl) as server:
+    certificates = {"ssl_certfile": folder / "server.pem"}
+    trusting = ssl.create_default_context(cafile=folder / "ca.pem")
+    with (
+        serving(folder / "home", engine, keys=KEY, ssl=certificates) as server,
+        httpx2.Client(base_url=server.url, verify=trusting) as server.http,
+    ):
         yield server, folder / "ca.pem"
 
 
@@ -114,6 +120,22 @@ except fal_client.FalClientHTTPError as error:
 """,
     )
     assert output == [499, "client_cancelled"]
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_an_end_without_pictures(tls: tuple[Server, Path], end: str) -> None:
+    server, _ = tls
+    with server.ending(end, KEY):
+        output = client(
+            tls,
+            """
+try:
+    fal_client.subscribe(ID, arguments=SMALL)
+except fal_client.FalClientHTTPError as error:
+    print(json.dumps([error.status_code, error.message]))
+""",
+        )
+    assert tuple(output) == ENDS[end]
 
 
 def test_a_wrong_key(tls: tuple[Server, Path]) -> None:

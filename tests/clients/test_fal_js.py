@@ -10,7 +10,7 @@ import pytest
 from inference.engine import Engine
 from tests.clients.npm import FAL_CLIENT, install, node
 from tests.clients.readme import pointing
-from tests.conftest import CAT, Server, serving
+from tests.conftest import CAT, ENDS, Server, serving
 
 PRELUDE = """
 import {{ createFalClient }} from "@fal-ai/client";
@@ -113,6 +113,16 @@ catch (error) { show([error.name, error.status, error.message]); }
 """,
     )
     assert output == ["ApiError", 499, "Request was cancelled by the client"]
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_an_end_without_pictures(project: Path, prelude: str, server: Server, end: str) -> None:
+    program = """
+try { await fal.subscribe(ID, { input: SMALL, pollInterval: 20 }); }
+catch (error) { show([error.status, error.message]); }
+"""
+    with server.ending(end, KEY):
+        assert tuple(node(project, prelude + program)) == ENDS[end]
 
 
 def test_a_422_shows_its_detail(project: Path, prelude: str) -> None:

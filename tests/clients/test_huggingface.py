@@ -10,7 +10,7 @@ import pytest
 from inference.engine import Engine
 from tests.clients.python import python
 from tests.clients.readme import pointing
-from tests.conftest import CAT, Server, serving
+from tests.conftest import CAT, ENDS, Server, serving
 
 KEY = "alice:a-secret-long-enough"
 
@@ -79,3 +79,18 @@ except Exception as error:
 """,
     )
     assert status == 422 and "num_inference_steps" in text
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_an_end_without_pictures(server: Server, end: str) -> None:
+    with server.ending(end, KEY):
+        status, message = run(
+            server,
+            """
+try:
+    client.text_to_image("x", model="a/turbo", width=64, height=48)
+except Exception as error:
+    print(json.dumps([error.response.status_code, error.response.json()["message"]]))
+""",
+        )
+    assert (status, message) == ENDS[end]

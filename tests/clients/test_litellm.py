@@ -10,7 +10,7 @@ import pytest
 from inference.engine import Engine
 from tests.clients.python import python
 from tests.clients.readme import pointing
-from tests.conftest import Server, serving
+from tests.conftest import ENDS, Server, serving
 
 KEY = "id:secret-long-enough"
 
@@ -52,3 +52,19 @@ except Exception as error:
 """,
     )
     assert "num_inference_steps: Input should be less than or equal to 8" in message
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_an_end_without_pictures(server: Server, end: str) -> None:
+    with server.ending(end, KEY):
+        message = run(
+            server,
+            """
+try:
+    litellm.image_generation(
+        model="fal_ai/fal-ai/z-image/turbo", prompt="x", image_size={"width": 64, "height": 48})
+except Exception as error:
+    print(json.dumps(str(error)))
+""",
+        )
+    assert ENDS[end][1] in message
