@@ -1,6 +1,6 @@
 """The deployment on Modal, read from top to bottom: `modal deploy modal_app.py`.
 
-    gateway (CPU)  ──spawn──▶  job (CPU)  ──remote──▶  Turbo (GPU)
+    gateway (CPU)  ──spawn──▶  job (CPU)  ──spawn──▶  Turbo (GPU)
     speaks fal's protocol      fetch, decode, store     tensors only
 
 Nothing runs while nobody asks: every part scales to zero. Settings are environment variables at the
@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING
 import modal
 
 from gateway.settings import Deployment, Settings, read
-from schemas.task import Failure
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
     from gateway.jobs import Job, Outcome
-    from schemas.task import Result, Task
+    from gateway.platforms.modal import Parts
+    from schemas.task import Failure, Result, Task
 
-MINUTES = 60
+MINUTES, HOURS = 60, 60 * 60
 PYTHON = "3.12"
 WEIGHTS_DIR, CACHE_DIR = "/weights", "/cache"
 
@@ -38,7 +38,8 @@ app = modal.App("zimage")
 settings = {
     name: value
     for name, value in os.environ.items()
-    if name.startswith("ZIMAGE_") and name not in ("ZIMAGE_KEYS", "ZIMAGE_HOME", "ZIMAGE_DEVICE")
+    if name.startswith("ZIMAGE_")
+    and name not in ("ZIMAGE_KEYS", "ZIMAGE_WEBHOOK_KEY", "ZIMAGE_HOME", "ZIMAGE_DEVICE")
 } | {"ZIMAGE_WEIGHTS": deployment.weights}
 
 gateway_image = (
@@ -50,6 +51,7 @@ gateway_image = (
         "msgpack==1.2.4",
         "numpy==2.4.6",
         "pillow==13.0.0",
+        "pyarrow==26.0.1",
         "pydantic==2.14.3",
         "pydantic-settings==2.16.3",
         "PyJWT==2.15.1",
@@ -87,19 +89,22 @@ gpu_image = (
 
 # ## Storage
 #
-# Weights and compiled kernels; generated pictures; and the records of requests.
+# Weights and compiled kernels; generated pictures; usage; the records of requests, and what is to be
+# done about them later.
 
 weights = modal.Volume.from_name("zimage-weights", create_if_missing=True)
 cache = modal.Volume.from_name("zimage-cache", create_if_missing=True)
-files = modal.Volume.from_name("zimage-files", create_if_missing=True, version=2)
+pictures = modal.Volume.from_name("zimage-files", create_if_missing=True, version=2)
+usage = modal.Volume.from_name("zimage-usage", create_if_missing=True, version=2)
 entries = modal.Dict.from_name("zimage-requests", create_if_missing=True)
+tasks = modal.Dict.from_name("zimage-ledger", create_if_missing=True)
 keys = modal.Secret.from_name("zimage-keys", required_keys=["ZIMAGE_KEYS"])
 
 # ## The GPU class
 #
-# Loads once, into the container's snapshot. Two requests at a time share a container: one has the
-# GPU, the other's pictures are checked and encoded on the CPU. A cancelled call stops between two
-# denoising steps; a preempted one starts again on another machine.
+# Loads once, into the container's snapshot. Requests that share a container overlap: one has the GPU,
+# the other's pictures are checked and encoded on the CPU. A cancelled call stops between two denoising
+# steps; a preempted one starts again on another machine.
 
 
 @app.cls(
@@ -118,7 +123,7 @@ keys = modal.Secret.from_name("zimage-keys", required_keys=["ZIMAGE_KEYS"])
     enable_memory_snapshot=deployment.snapshot != "off",
     experimental_options={"enable_gpu_snapshot": True} if deployment.snapshot == "gpu" else {},
 )
-@modal.concurrent(max_inputs=2)
+@modal.concurrent(max_inputs=deployment.concurrency)
 class Turbo:
     @modal.enter(snap=deployment.snapshot != "off")
     def load(self) -> None:
@@ -128,11 +133,12 @@ class Turbo:
         self.resident = SnapshotEngine(
             deployment.weights,
             deployment.snapshot,
+            device=service.device or "cuda",
             warm_up=deployment.warm_up_sizes,
             safety_threshold=service.safety_threshold,
         )
         self.resident.before_snapshot()
-        self.generate_async = AsyncEngine(self.resident.engine)
+        self.engine = AsyncEngine(self.resident.engine)
 
     @modal.enter(snap=False)
     def wake(self) -> None:
@@ -140,44 +146,50 @@ class Turbo:
         cache.commit()
 
     @modal.method()
-    async def generate(self, request_id: str, task: Task) -> Result | Failure:
-        from gateway.platforms.modal_records import ModalRecords, ProgressReporter
+    async def generate(self, job: Job, task: Task) -> Result | Failure:
+        from gateway.platforms.modal_records import ModalRecords, generate
 
-        try:
-            return await self.generate_async(
-                task, ProgressReporter(ModalRecords(entries), request_id)
-            )
-        except Exception as error:  # data, not an exception: the caller has no torch to unpickle it
-            return Failure(f"{type(error).__name__}: {error}")
+        return await generate(job, task, ModalRecords(entries), self.engine)
 
 
 # ## Jobs
 #
 # One call per request. Everything slow and hostile happens here, on a cheap machine: the download,
-# the decoding, storing the pictures.
+# the decoding, storing the pictures. It waits as long as the queue for a GPU is.
 
 
 @app.function(
     image=gateway_image,
     cpu=1.0,
     memory=2048,
-    timeout=15 * MINUTES,
+    timeout=24 * HOURS,
     retries=modal.Retries(max_retries=2, initial_delay=1.0),
 )
-@modal.concurrent(max_inputs=8)
+@modal.concurrent(max_inputs=16)
 async def job(request: Job, body: bytes) -> Outcome:
     from gateway.platforms.modal import run_job
-    from gateway.platforms.modal_files import VolumeFiles
-    from gateway.platforms.modal_records import ModalRecords
 
-    return await run_job(
-        request,
-        body,
-        records=ModalRecords(entries),
-        files=VolumeFiles(files),
-        engine=Turbo().generate,
-        settings=service,
-    )
+    return await run_job(request, body, parts(), service)
+
+
+@app.function(
+    image=gateway_image,
+    secrets=[keys],
+    timeout=1 * MINUTES,
+    retries=modal.Retries(max_retries=3, initial_delay=14.0),
+)
+@modal.concurrent(max_inputs=100)
+async def webhook(request_id: str) -> str:
+    from gateway.platforms.modal import deliver
+
+    return await deliver(request_id, parts(), read(Settings))
+
+
+def parts() -> Parts:
+    """All of the above, as the platform calls it."""
+    from gateway.platforms.modal import Functions, Parts
+
+    return Parts(Functions(job, Turbo().generate, webhook), entries, tasks, pictures, usage)
 
 
 # ## The gateway
@@ -190,22 +202,25 @@ def gateway() -> ASGIApp:
     from gateway.app import create_app
     from gateway.auth import keys_for
     from gateway.platforms.modal import ModalPlatform
-    from gateway.platforms.modal_files import VolumeFiles
-    from gateway.platforms.modal_records import ModalRecords
 
-    platform = ModalPlatform(job, ModalRecords(entries), VolumeFiles(files), service)
-    return create_app(service, platform, keys_for(service, default="on"))
+    settings = read(Settings)
+    return create_app(settings, ModalPlatform(parts(), settings), keys_for(settings, default="on"))
 
 
 # ## Housekeeping
 
 
-@app.function(image=gateway_image, schedule=modal.Cron("17 * * * *"), timeout=30 * MINUTES)
-async def sweep() -> None:
-    """Delete pictures that are due."""
-    from gateway.platforms.modal_files import VolumeFiles
+@app.function(
+    image=gateway_image,
+    schedule=modal.Cron("*/10 * * * *"),
+    max_containers=1,
+    timeout=30 * MINUTES,
+)
+async def housekeeping() -> None:
+    """Find lost requests, repeat webhooks, count usage, delete what is due."""
+    from gateway.platforms.modal_housekeeping import keep_house
 
-    print("deleted", await VolumeFiles(files).sweep(), "files")
+    print(await keep_house(parts(), service))
 
 
 @app.function(image=gpu_image, volumes={WEIGHTS_DIR: weights}, timeout=60 * MINUTES)

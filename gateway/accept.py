@@ -38,7 +38,7 @@ async def accept(request: Request, endpoint: Endpoint) -> Job:
     if "fal_webhook" in request.query_params and platform(request).signer is None:
         raise InputError(
             ("query", "fal_webhook"),
-            "Webhooks are not supported by this deployment yet",
+            "Webhooks need a signing key: ZIMAGE_WEBHOOK_KEY in the deployment's secret",
             "feature_not_supported",
         )
     terms = read_terms(request.headers, request.query_params)

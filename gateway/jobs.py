@@ -17,6 +17,9 @@ from schemas.errors import ApiError, InputError, ServiceError
 
 MAX_ATTEMPTS = 3
 
+UNKEPT_SECONDS = 600.0
+"""How long a result that is not to be kept stays, for a client whose connection broke."""
+
 Status = Literal["IN_QUEUE", "IN_PROGRESS", "COMPLETED"]
 
 
@@ -108,10 +111,8 @@ class Job:
         """The process that ran it is gone."""
         self._expect("IN_PROGRESS")
         if self.attempts >= (MAX_ATTEMPTS if self.terms.retry else 1):
-            lost = ServiceError(
-                503, f"The runner disconnected {self.attempts} times", "runner_disconnected"
-            )
-            self.finish(Outcome.of_error(lost), now)
+            text = f"The runner disconnected {self.attempts} times"
+            self.finish(Outcome.of_error(disconnected(text)), now)
         else:
             self.status, self.started = "IN_QUEUE", None
 
@@ -125,6 +126,13 @@ class Job:
         """Whether it should have started by now and has not."""
         timeout = self.terms.start_timeout
         return self.status == "IN_QUEUE" and timeout is not None and now >= self.created + timeout
+
+    def forgettable(self, now: float, retention: float) -> bool:
+        """Whether a finished job has been kept for as long as its caller and the operator want."""
+        if self.finished is None or self.outcome is None:
+            return False
+        kept = self.outcome.kept and self.terms.store
+        return now >= self.finished + (retention if kept else UNKEPT_SECONDS)
 
     def drop(self, error: ApiError, now: float) -> None:
         """Stop before it began. A running job is stopped by whoever runs it, through `finish`."""
@@ -140,6 +148,11 @@ class Job:
 def request_digest(job: Job, body: bytes) -> str:
     """Tells whether two requests with one Idempotency-Key are the same."""
     return hashlib.sha256(job.endpoint.encode() + b"\0" + body).hexdigest()
+
+
+def disconnected(text: str = "The runner disconnected") -> ServiceError:
+    """What ran the request is gone, for good."""
+    return ServiceError(503, text, "runner_disconnected")
 
 
 def key_reused() -> InputError:

@@ -35,6 +35,11 @@ class Settings(BaseSettings):
         SecretStr(""),
         description="Accepted keys, `id:secret`, comma-separated; secrets of 16 characters or more.",
     )
+    webhook_key: SecretStr = Field(
+        SecretStr(""),
+        description="On Modal only: the key that signs webhooks, 64 hexadecimal digits; several, "
+        "comma-separated, are all published, and the first signs.",
+    )
     fetch_allow: Annotated[tuple[Network, ...], NoDecode] = Field(
         (),
         description="CIDRs that input pictures may also come from and webhooks go to, on any port, "
@@ -49,7 +54,6 @@ class Settings(BaseSettings):
     retention: float = Field(
         24 * HOUR, gt=0, description="Seconds that finished requests and their files are kept."
     )
-
     upload_max: int = Field(
         256 * 1024 * 1024, gt=0, description="Bytes that one uploaded file may have."
     )
@@ -89,6 +93,9 @@ class Deployment(BaseSettings):
     min_containers: int = Field(0, ge=0, description="GPU containers kept although idle.")
     buffer_containers: int = Field(0, ge=0, description="Spare GPU containers while any is busy.")
     max_containers: int = Field(10, ge=1, description="GPU containers at most.")
+    concurrency: int = Field(
+        2, ge=1, le=8, description="Requests in a GPU container: one has the GPU, others its CPU."
+    )
     scaledown_window: int = Field(
         60, ge=2, le=3600, description="Seconds an idle GPU container is kept."
     )

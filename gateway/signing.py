@@ -1,8 +1,9 @@
 """Webhook signatures: Ed25519, verifiable with the keys at /.well-known/jwks.json, as fal's are.
 
 Receivers may cache the key set for a day. So a new key is published a day before it signs, and an old
-one stays published a week after its last signature. A key is a file in the home, named by the second
-from which it signs.
+one stays published a week after its last signature. On one machine a key is a file in the home, named
+by the second from which it signs; on Modal keys come from the secret, and who rotates them keeps the
+days.
 """
 
 from __future__ import annotations
@@ -10,6 +11,9 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,13 +30,62 @@ CACHED_SECONDS = 24 * 3600
 PUBLISHED_SECONDS = 7 * CACHED_SECONDS
 
 
+class Signer(ABC):
+    """Signs webhooks, and says with which public keys to verify them."""
+
+    @abstractmethod
+    def _signing(self, now: float) -> Ed25519PrivateKey: ...
+
+    @abstractmethod
+    def _published(self, now: float) -> list[Ed25519PrivateKey]:
+        """Newest first."""
+
+    def headers(self, request_id: str, user_id: str, body: bytes, now: float) -> dict[str, str]:
+        """What a webhook carries: the signature of request id, user id, time and SHA-256 of the body."""
+        timestamp = str(int(now))
+        digest = hashlib.sha256(body).hexdigest()
+        message = "\n".join((request_id, user_id, timestamp, digest)).encode()
+        return {
+            "X-Fal-Webhook-Request-Id": request_id,
+            "X-Fal-Webhook-User-Id": user_id,
+            "X-Fal-Webhook-Timestamp": timestamp,
+            "X-Fal-Webhook-Signature": self._signing(now).sign(message).hex(),
+        }
+
+    def jwks(self, now: float) -> dict[str, list[dict[str, str]]]:
+        """The public keys as a JSON Web Key Set (RFC 8037)."""
+        return {"keys": [_jwk(private) for private in self._published(now)]}
+
+
+class SecretSigner(Signer):
+    """Keys from a secret: the first signs, all are published."""
+
+    def __init__(self, keys: Sequence[Ed25519PrivateKey]) -> None:
+        self._keys = keys
+
+    @classmethod
+    def parse(cls, text: str) -> SecretSigner | None:
+        """Seeds of 32 bytes in hex, comma-separated; None for none. Raises ValueError, showing none."""
+        seeds = [part.strip() for part in text.split(",") if part.strip()]
+        if not all(re.fullmatch("[0-9a-fA-F]{64}", seed) for seed in seeds):
+            raise ValueError("ZIMAGE_WEBHOOK_KEY: each key must be 64 hexadecimal digits")
+        keys = [Ed25519PrivateKey.from_private_bytes(bytes.fromhex(seed)) for seed in seeds]
+        return cls(keys) if keys else None
+
+    def _signing(self, now: float) -> Ed25519PrivateKey:
+        return self._keys[0]
+
+    def _published(self, now: float) -> list[Ed25519PrivateKey]:
+        return list(self._keys)
+
+
 @dataclass(frozen=True, slots=True)
 class _Key:
     starts: int
     private: Ed25519PrivateKey
 
 
-class Signer:
+class DirectorySigner(Signer):
     """The keys of one home. Makes the first one when there is none."""
 
     def __init__(self, directory: Path, now: float) -> None:
@@ -48,27 +101,18 @@ class Signer:
         self._add(starts)
         return starts
 
-    def headers(self, request_id: str, user_id: str, body: bytes, now: float) -> dict[str, str]:
-        """What a webhook carries: the signature of request id, user id, time and SHA-256 of the body."""
-        timestamp = str(int(now))
-        digest = hashlib.sha256(body).hexdigest()
-        message = "\n".join((request_id, user_id, timestamp, digest)).encode()
+    def _signing(self, now: float) -> Ed25519PrivateKey:
         *_, key = (key for key in self._keys() if key.starts <= now)
-        return {
-            "X-Fal-Webhook-Request-Id": request_id,
-            "X-Fal-Webhook-User-Id": user_id,
-            "X-Fal-Webhook-Timestamp": timestamp,
-            "X-Fal-Webhook-Signature": key.private.sign(message).hex(),
-        }
+        return key.private
 
-    def jwks(self, now: float) -> dict[str, list[dict[str, str]]]:
-        """The public keys, newest first, as a JSON Web Key Set (RFC 8037)."""
+    def _published(self, now: float) -> list[Ed25519PrivateKey]:
         keys = self._keys()
         ends = [key.starts for key in keys[1:]] + [int(now)]  # a key ends where the next starts
-        published = [
-            key for key, end in zip(keys, ends, strict=True) if end > now - PUBLISHED_SECONDS
+        return [
+            key.private
+            for key, end in reversed(list(zip(keys, ends, strict=True)))
+            if end > now - PUBLISHED_SECONDS
         ]
-        return {"keys": [_jwk(key.private) for key in reversed(published)]}
 
     def _keys(self) -> list[_Key]:
         """Oldest first; read again when the directory has changed."""

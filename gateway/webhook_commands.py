@@ -64,9 +64,9 @@ def state(row: dict[str, Any]) -> str:
 @app.command("rotate-key")
 def rotate_key(home: _Home = None) -> None:
     """Publish a new signing key. It signs from tomorrow, when no receiver's cache lacks it."""
-    from gateway.signing import Signer
+    from gateway.signing import DirectorySigner
 
-    starts = Signer(_home(home) / "webhook-keys", time.time()).rotate(time.time())
+    starts = DirectorySigner(_home(home) / "webhook-keys", time.time()).rotate(time.time())
     print(f"The new key is published now and signs from {_time(starts)}.")
 
 

@@ -68,9 +68,14 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """What an engine in another process answers instead of raising: exceptions do not travel well."""
+    """What an engine in another process answers instead of raising: exceptions do not travel well.
+
+    kind: an "error" of the engine; or it was not asked, because the job had "ended", came too "late",
+    or was "lost" with its process too often.
+    """
 
     reason: str
+    kind: Literal["error", "ended", "late", "lost"] = "error"
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,7 @@ from gateway.platform import Platform, View
 from gateway.platforms.outbox import Outbox
 from gateway.platforms.records import Records
 from gateway.settings import Settings
-from gateway.signing import Signer
+from gateway.signing import DirectorySigner
 from gateway.tokens import Tokens
 from gateway.webhooks import Delivery, Webhooks
 from schemas.errors import ApiError, Cancelled, StartTimeout, internal_error
@@ -76,7 +76,7 @@ class LocalPlatform(Platform):
         self._running: dict[str, _Run] = {}
         self._awaited: dict[str, asyncio.Future[Outcome]] = {}
         self.tokens = Tokens(_secret(settings.home / "token-key"))
-        self.signer = Signer(settings.home / "webhook-keys", time.time())
+        self.signer = DirectorySigner(settings.home / "webhook-keys", time.time())
         self._watchers: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
         self._tasks: list[asyncio.Task[None]] = []
 

@@ -2,12 +2,14 @@
 
 Modal's queue, retries and seven days of results are the durable part; records say what its API does
 not (state, owner, progress). A preempted or doubly delivered input does no harm: the first recorded
-outcome wins, and a job that has one is not performed again.
+outcome wins, a job that has one is not performed again, and a job whose CPU function was preempted
+goes on with the GPU call that it had.
 """
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import functools
 import hashlib
 import logging
@@ -21,14 +23,17 @@ import modal
 from gateway.addresses import Network
 from gateway.decoder import Decoder
 from gateway.fetch import Fetcher
-from gateway.files import Files
-from gateway.jobs import Job, Outcome, request_digest
+from gateway.jobs import Job, Outcome, disconnected, request_digest
 from gateway.logs import log_entry
 from gateway.perform import Services, perform
 from gateway.platform import Platform, View
-from gateway.platforms.modal_records import Finished, ModalRecords
+from gateway.platforms.modal_files import VolumeFiles
+from gateway.platforms.modal_ledger import Ledger
+from gateway.platforms.modal_records import Finished, Loaded, ModalRecords
 from gateway.settings import Settings
+from gateway.signing import SecretSigner
 from gateway.tokens import Tokens
+from gateway.webhooks import Webhooks
 from schemas.errors import ApiError, Cancelled, QueueFull, ServiceError, StartTimeout
 from schemas.task import Failure, Progress, Result, Task
 
@@ -37,9 +42,14 @@ logger = logging.getLogger(__name__)
 LOST_SECONDS = 30.0
 """Age of an unfinished request from which a look at its status asks Modal whether it still runs."""
 
-
 WATCH_SECONDS = 0.5
 """How often a watched request is looked at."""
+
+YIELD_SECONDS = 1.0
+"""How often a request of low priority looks whether others wait for a GPU."""
+
+BACKLOG_SECONDS = 1.0
+"""For how long the length of the queue is believed."""
 
 LOST = (
     modal.exception.RemoteError,
@@ -47,6 +57,7 @@ LOST = (
     modal.exception.ExecutionError,
     modal.exception.OutputExpiredError,
     modal.exception.DeserializationError,
+    modal.exception.InputCancellation,
 )
 """What Modal answers about a call that has ended badly. Errors of the connection are not among them."""
 
@@ -55,16 +66,49 @@ class EngineFailure(Exception):
     """The engine's process reported an error; its reason is for our log."""
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Functions:
+    """The app's functions: `job` runs `run_job`, `webhook` runs `deliver`, `engine` is the GPU class's
+    method, which runs `modal_records.generate`."""
+
+    job: Any
+    engine: Any
+    webhook: Any
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Parts:
+    """What the app has deployed: functions; Dicts of requests and of what is to be done about them;
+    Volumes of pictures and of usage."""
+
+    functions: Functions
+    entries: modal.Dict
+    tasks: modal.Dict
+    pictures: modal.Volume
+    usage: modal.Volume
+
+    @property
+    def records(self) -> ModalRecords:
+        return ModalRecords(self.entries)
+
+    @property
+    def ledger(self) -> Ledger:
+        return Ledger(self.tasks)
+
+    @property
+    def files(self) -> VolumeFiles:
+        return VolumeFiles(self.pictures)
+
+
 class ModalPlatform(Platform):
-    """`job` is the Modal function that runs `run_job`."""
-
-    signer = None
-
-    def __init__(self, job: Any, records: ModalRecords, files: Files, settings: Settings) -> None:
-        self._job, self._records, self.files = job, records, files
+    def __init__(self, parts: Parts, settings: Settings) -> None:
+        self._functions, self._records, self._ledger = parts.functions, parts.records, parts.ledger
+        self.files, self._settings = parts.files, settings
+        self.signer = SecretSigner.parse(settings.webhook_key.get_secret_value())
         # Every container derives the same: tokens end with the keys they stand for.
         keys = settings.keys.get_secret_value().encode()
         self.tokens = Tokens(hashlib.sha256(b"zimage tokens " + keys).digest())
+        self._backlog_seen = (0.0, 0)
 
     async def __aenter__(self) -> ModalPlatform:
         return self
@@ -78,42 +122,77 @@ class ModalPlatform(Platform):
         """Nothing runs here: jobs are Modal's."""
 
     async def submit(self, job: Job, body: bytes) -> Job:
+        ahead = await self._backlog()
         limit = job.terms.max_queue_length
-        if limit is not None and (await self._job.get_current_stats.aio()).backlog >= limit:
+        if limit is not None and ahead >= limit:
             raise QueueFull(limit)
-        await self._records.insert(job)
         if job.terms.idempotency_key is not None:
-            request_id = await self._records.claim_key(job, request_digest(job, body))
-            if request_id != job.request_id:
-                await self._records.forget(job)
-                loaded = await self._records.load(request_id)
-                if loaded is None:  # refused by Modal a moment ago
-                    raise _too_many()
-                return loaded[0]
+            earlier = await self._earlier(job, body)
+            if earlier is not None:
+                return earlier
+        await self._records.insert(job, ahead)
+        await self._ledger.open(job)
         try:
-            call = await self._job.spawn.aio(job, body)
+            call = await self._functions.job.spawn.aio(job, body)
         except modal.exception.ResourceExhaustedError:
-            await self._records.forget(job, with_key=True)
+            await self._ledger.forget(job.request_id)
+            await self._records.delete(job)
             raise _too_many() from None
         await self._records.set_call(job.request_id, call.object_id)
         return job
 
+    async def _earlier(self, job: Job, body: bytes) -> Job | None:
+        """The job that holds this one's Idempotency-Key, if it was ever accepted; else this one does.
+
+        Raises InputError if that was another request.
+        """
+        holder = await self._records.claim_key(job, request_digest(job, body))
+        if holder == job.request_id:
+            return None
+        for _ in range(20):  # it may be on its way to being accepted
+            loaded = await self._records.load(holder)
+            if loaded is not None and await self._records.call_id(holder):
+                return loaded.job
+            await asyncio.sleep(0.1)
+        await self._records.take_key(job, request_digest(job, body))
+        return None
+
+    async def _backlog(self) -> int:
+        """How many inputs wait for a CPU or a GPU; a second old at most."""
+        seen, backlog = self._backlog_seen
+        if time.monotonic() - seen > BACKLOG_SECONDS:
+            both = (self._functions.job, self._functions.engine)
+            stats = await asyncio.gather(*(each.get_current_stats.aio() for each in both))
+            backlog = sum(each.backlog for each in stats)
+            self._backlog_seen = (time.monotonic(), backlog)
+        return backlog
+
     async def view(self, request_id: str) -> View | None:
-        loaded = await self._records.load(request_id)
+        loaded = await self._kept(request_id)
         if loaded is None:
             return None
-        job, progress = loaded
-        if job.overdue(time.time()) and await self._end(request_id, StartTimeout()):
+        job, now = loaded.job, time.time()
+        if job.overdue(now) and await self._end(request_id, StartTimeout()):
             loaded = await self._records.load(request_id)
-            assert loaded is not None
-            job, progress = loaded
-        old = job.status != "COMPLETED" and time.time() - job.created > LOST_SECONDS
-        if old and await self._ended(request_id, timeout=0) is not None:
-            loaded = await self._records.load(request_id)
-            assert loaded is not None
-            job, progress = loaded
-        # Modal tells no order within its queue: 0 means "not started".
-        return View(job, 0 if job.status == "IN_QUEUE" else None, progress)
+        elif job.status != "COMPLETED" and now - job.created > LOST_SECONDS:
+            if await self._records.call_id(request_id) is None:  # killed while it was accepted
+                await self._end(request_id, disconnected())
+            if await self._ended(request_id, timeout=0) is not None:
+                loaded = await self._records.load(request_id)
+        if loaded is None:
+            return None
+        position = None
+        if loaded.job.status == "IN_QUEUE":
+            # Modal tells no order within its queue; nobody came before who was not there then.
+            position = min(loaded.ahead, await self._backlog())
+        return View(loaded.job, position, loaded.progress)
+
+    async def _kept(self, request_id: str) -> Loaded | None:
+        """What is known of a request, until its time is over."""
+        loaded = await self._records.load(request_id)
+        if loaded is None or loaded.job.forgettable(time.time(), self._settings.retention):
+            return None
+        return loaded
 
     async def watch(self, request_id: str) -> AsyncIterator[View]:
         while view := await self.view(request_id):
@@ -123,9 +202,15 @@ class ModalPlatform(Platform):
             await asyncio.sleep(WATCH_SECONDS)
 
     async def outcome(self, request_id: str) -> Outcome | None:
-        return await self._records.outcome(request_id)
+        return await self._records.outcome(request_id) if await self._kept(request_id) else None
 
     async def wait(self, request_id: str) -> Outcome:
+        loaded = await self._records.load(request_id)
+        patience = loaded.job.terms.start_timeout if loaded else None
+        if patience is not None:
+            if outcome := await self._ended(request_id, patience):
+                return outcome
+            await self.view(request_id)  # which ends what has not begun by now
         while (outcome := await self._ended(request_id, timeout=None)) is None:
             await asyncio.sleep(WATCH_SECONDS)  # it is being spawned
         return outcome
@@ -138,34 +223,43 @@ class ModalPlatform(Platform):
         """
         call_id = await self._records.call_id(request_id)
         if call_id is None:
-            return None
+            return await self._records.outcome(request_id)
         try:
             outcome: Outcome = await modal.FunctionCall.from_id(call_id).get.aio(timeout=timeout)
             return outcome
         except TimeoutError:  # the builtin: still running
             return None
-        except modal.exception.FunctionTimeoutError:
-            lost = ServiceError(504, "The request took too long", "generation_timeout")
-        except LOST as error:
+        except (modal.exception.FunctionTimeoutError, *LOST) as error:
             logger.warning("request %s was lost: %r", request_id, error)
-            lost = ServiceError(503, "The runner disconnected", "runner_disconnected")
-        await self._records.finish(request_id, Finished(Outcome.of_error(lost), time.time(), []))
+            await self._end(request_id, lost(error))
         return await self._records.outcome(request_id)
 
     async def cancel(self, request_id: str) -> bool:
         return await self._end(request_id, Cancelled())
 
     async def _end(self, request_id: str, error: ApiError) -> bool:
-        """Record an error as a job's end and stop its call; False if it had ended before."""
+        """Record an error as a job's end and stop its calls; False if it had ended before."""
         ended = Finished(Outcome.of_error(error), time.time(), [log_entry(str(error))])
         if not await self._records.finish(request_id, ended):
             return False
-        if call_id := await self._records.call_id(request_id):
-            await modal.FunctionCall.from_id(call_id).cancel.aio()
+        for call_id in (
+            await self._records.call_id(request_id),
+            await self._records.engine_id(request_id),
+        ):
+            if call_id is not None:
+                await modal.FunctionCall.from_id(call_id).cancel.aio()
+        await self._ledger.announce(request_id, self._functions.webhook)
         return True
 
     async def ready(self) -> bool:
         return True
+
+
+def lost(error: BaseException) -> ServiceError:
+    """What a caller learns of a call that Modal has given up."""
+    if isinstance(error, modal.exception.FunctionTimeoutError):
+        return ServiceError(504, "The request took too long", "generation_timeout")
+    return disconnected()
 
 
 def _too_many() -> ServiceError:
@@ -173,54 +267,75 @@ def _too_many() -> ServiceError:
     return ServiceError(429, text, "concurrent_requests_limit")
 
 
-async def run_job(
-    job: Job,
-    body: bytes,
-    *,
-    records: ModalRecords,
-    files: Files,
-    engine: Any,
-    settings: Settings,
-) -> Outcome:
-    """The body of the CPU function: perform a job, record its end, return it as data.
-
-    `engine` is the GPU class's method (request id, task) → Result | Failure.
-
-    Cancelling it (FunctionCall.cancel) cancels the call to the engine, which stops between two steps.
-    """
-    if outcome := await records.outcome(job.request_id):
-        return outcome  # cancelled before it started, or delivered a second time
-    if job.overdue(time.time()):
-        late = Outcome.of_error(StartTimeout())
-        await records.finish(job.request_id, Finished(late, time.time(), []))
-        return late
-    await records.set_started(job.request_id, time.time())
-    logs: list[dict[str, object]] = []
-
-    async def generate(task: Task, on_progress: Callable[[Progress], None]) -> Result:
-        call = await engine.spawn.aio(job.request_id, task)
-        try:
-            result: Result | Failure = await call.get.aio()
-        except asyncio.CancelledError:
-            await asyncio.shield(call.cancel.aio())
-            raise
-        if isinstance(result, Failure):
-            raise EngineFailure(result.reason)
-        return result
-
-    services = Services(
-        generate,
-        files,
-        _fetcher(settings.fetch_allow),
-        _decoder(),
-        settings.acceleration_default,
-        settings.retention,
-    )
-    outcome = await perform(
-        job, body, services, lambda progress: None, lambda text: logs.append(log_entry(text))
-    )
-    await records.finish(job.request_id, Finished(outcome, time.time(), logs))
+async def run_job(job: Job, body: bytes, parts: Parts, settings: Settings) -> Outcome:
+    """The body of the CPU function: perform a job, record its end, return it as data."""
+    records = parts.records
+    outcome = await records.outcome(job.request_id)
+    if outcome is None:  # else cancelled before it started, or delivered a second time
+        logs: list[dict[str, object]] = []
+        services = Services(
+            functools.partial(_generate, job, records, parts.functions.engine),
+            parts.files,
+            _fetcher(settings.fetch_allow),
+            _decoder(),
+            settings.acceleration_default,
+            settings.retention,
+        )
+        outcome = await perform(
+            job, body, services, lambda progress: None, lambda text: logs.append(log_entry(text))
+        )
+        if not await records.finish(job.request_id, Finished(outcome, time.time(), logs)):
+            outcome = await records.outcome(job.request_id) or outcome
+    await parts.ledger.announce(job.request_id, parts.functions.webhook)
     return outcome
+
+
+async def deliver(request_id: str, parts: Parts, settings: Settings) -> str:
+    """The body of the webhook function: one attempt, whose answer is returned or, if Modal is to
+    repeat it, raised."""
+    signer = SecretSigner.parse(settings.webhook_key.get_secret_value())
+    assert signer is not None, "accepted only where there is a key"
+    webhooks = Webhooks(signer, settings.fetch_allow)
+    try:
+        return await parts.ledger.deliver(request_id, parts.records, webhooks)
+    finally:
+        await webhooks.close()
+
+
+async def _generate(
+    job: Job,
+    records: ModalRecords,
+    engine: Any,
+    task: Task,
+    on_progress: Callable[[Progress], None],
+) -> Result:
+    """Call the GPU class, or go on waiting for the call that an earlier delivery of the job made.
+
+    The engine reports progress to the records, not here. Cancelling is the canceller's business: a
+    preempted job must not take its GPU call with it.
+    """
+    call_id = await records.engine_id(job.request_id)
+    if call_id is None:
+        while job.terms.low_priority and (await engine.get_current_stats.aio()).backlog:
+            await asyncio.sleep(YIELD_SECONDS)
+        call = await engine.spawn.aio(job, task)
+        call_id = await records.claim_engine(job.request_id, call.object_id)
+        if call_id != call.object_id:
+            await call.cancel.aio()
+    try:
+        result: Result | Failure = await modal.FunctionCall.from_id(call_id).get.aio()
+    except (modal.exception.FunctionTimeoutError, *LOST) as error:
+        raise lost(error) from error
+    if isinstance(result, Result):
+        return result
+    match result.kind:
+        case "ended":
+            raise Cancelled
+        case "late":
+            raise StartTimeout
+        case "lost":
+            raise disconnected(result.reason)
+    raise EngineFailure(result.reason)
 
 
 @functools.cache

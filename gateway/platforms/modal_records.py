@@ -1,27 +1,32 @@
 """Jobs in a `modal.Dict`: one entry per fact, each written once, so that retries change nothing.
 
-    (id, "job")       the job as accepted
+    (id, "job")       the job as accepted, and how many requests were ahead of it
     (id, "call")      Modal's id of the function call that performs it
-    (id, "started")   time of its latest start
-    (id, "progress")  the only entry that is overwritten
+    (id, "engine")    Modal's id of its call of the GPU class: the first writer wins
+    (id, "started")   time of the latest start on a GPU, and the number of starts
+    (id, "progress")  the latest step
     (id, "outcome")   outcome without body, and logs: the first writer wins
     (id, "body-…")    the outcome's body, written before it under a name of its own
 
-Entries live seven days from their last use. Imports nothing of the gateway's but plain data, so that
-the GPU container, which reports progress, needs none of its libraries.
+Entries live until housekeeping deletes them, or seven days from their last use. Imports nothing of
+the gateway's but plain data, so that the GPU container needs none of its libraries.
 """
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
+import time
 import uuid
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import modal
 
-from gateway.jobs import Job, Outcome, key_reused
-from schemas.task import Progress
+from gateway.jobs import MAX_ATTEMPTS, Job, Outcome, key_reused
+from schemas.task import Failure, Progress, Result, Task
+
+_FACTS = ("job", "call", "engine", "started", "progress", "outcome")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -34,42 +39,73 @@ class Finished:
     body_name: str = ""
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Loaded:
+    """A job in its present state, without the outcome's body. ahead: waiting when it came."""
+
+    job: Job
+    ahead: int
+    progress: Progress | None = None
+
+
 class ModalRecords:
     def __init__(self, entries: modal.Dict) -> None:
         self._entries = entries
 
-    async def insert(self, job: Job) -> None:
-        await self._put(job.request_id, "job", job)
+    async def insert(self, job: Job, ahead: int = 0) -> None:
+        await self._put(job.request_id, "job", (job, ahead))
 
     async def claim_key(self, job: Job, digest: str) -> str:
         """The request id that holds the job's Idempotency-Key: its own, or an earlier one's.
 
         Raises InputError if that was another request.
         """
-        entry = (job.key_id, "idempotency", job.terms.idempotency_key)
-        mine = (job.request_id, digest)
-        if await self._entries.put.aio(entry, mine, skip_if_exists=True):
+        entry = _key_entry(job)
+        if await self._entries.put.aio(entry, (job.request_id, digest), skip_if_exists=True):
             return job.request_id
         request_id, earlier = await self._entries.get.aio(entry)
         if earlier != digest:
             raise key_reused()
         return str(request_id)
 
-    async def forget(self, job: Job, with_key: bool = False) -> None:
-        """Take back a job that was never started, and its hold on its Idempotency-Key."""
-        await self._entries.pop.aio((job.request_id, "job"))
-        if with_key and job.terms.idempotency_key is not None:
-            await self._entries.pop.aio((job.key_id, "idempotency", job.terms.idempotency_key))
+    async def take_key(self, job: Job, digest: str) -> None:
+        """Hold the job's Idempotency-Key instead of whoever did."""
+        await self._entries.put.aio(_key_entry(job), (job.request_id, digest))
+
+    async def delete(self, job: Job) -> None:
+        """Forget a job, and its hold on its Idempotency-Key."""
+        finished = await self.finished(job.request_id)
+        names = (*_FACTS, finished.body_name) if finished else _FACTS
+        await asyncio.gather(*(self._pop((job.request_id, name)) for name in names))
+        if job.terms.idempotency_key is not None:
+            holder = await self._entries.get.aio(_key_entry(job))
+            if holder is not None and holder[0] == job.request_id:
+                await self._pop(_key_entry(job))
 
     async def set_call(self, request_id: str, call_id: str) -> None:
         await self._put(request_id, "call", call_id)
+
+    async def claim_engine(self, request_id: str, call_id: str) -> str:
+        """The one call of the GPU class that counts: this one, or an earlier one's id."""
+        entry = (request_id, "engine")
+        if await self._entries.put.aio(entry, call_id, skip_if_exists=True):
+            return call_id
+        return str(await self._entries.get.aio(entry))
 
     async def call_id(self, request_id: str) -> str | None:
         value: str | None = await self._get(request_id, "call")
         return value
 
-    async def set_started(self, request_id: str, now: float) -> None:
-        await self._put(request_id, "started", now)
+    async def engine_id(self, request_id: str) -> str | None:
+        value: str | None = await self._get(request_id, "engine")
+        return value
+
+    async def start(self, request_id: str, now: float) -> int:
+        """The job begins on a GPU; returns how often it has, this time included."""
+        started = await self._get(request_id, "started")
+        attempt = 1 if started is None else int(started[1]) + 1
+        await self._put(request_id, "started", (now, attempt))
+        return attempt
 
     async def set_progress(self, request_id: str, progress: Progress) -> None:
         await self._put(request_id, "progress", progress)
@@ -80,9 +116,10 @@ class ModalRecords:
         await self._put(request_id, name, finished.outcome.body)
         bare = dataclasses.replace(finished.outcome, body=b"")
         entry = dataclasses.replace(finished, outcome=bare, body_name=name)
-        return bool(
-            await self._entries.put.aio((request_id, "outcome"), entry, skip_if_exists=True)
-        )
+        if await self._entries.put.aio((request_id, "outcome"), entry, skip_if_exists=True):
+            return True
+        await self._pop((request_id, name))
+        return False
 
     async def finished(self, request_id: str) -> Finished | None:
         value: Finished | None = await self._get(request_id, "outcome")
@@ -94,33 +131,44 @@ class ModalRecords:
         if finished is None:
             return None
         body = await self._get(request_id, finished.body_name)
-        return dataclasses.replace(finished.outcome, body=body)
+        return None if body is None else dataclasses.replace(finished.outcome, body=body)
 
-    async def load(self, request_id: str) -> tuple[Job, Progress | None] | None:
-        """The job in its present state, without the outcome's body."""
-        job, started, progress, finished = await asyncio.gather(
+    async def load(self, request_id: str) -> Loaded | None:
+        accepted, started, progress, finished = await asyncio.gather(
             *(self._get(request_id, name) for name in ("job", "started", "progress", "outcome"))
         )
-        if job is None:
+        if accepted is None:
             return None
+        job, ahead = accepted
+        begun, attempts = started or (None, 0)
         if finished is not None:
-            return dataclasses.replace(
+            job = dataclasses.replace(
                 job,
                 status="COMPLETED",
-                started=started,
+                started=begun,
+                attempts=attempts,
                 finished=finished.at,
                 outcome=finished.outcome,
                 logs=finished.logs,
-            ), None
-        if started is not None:
-            return dataclasses.replace(job, status="IN_PROGRESS", started=started), progress
-        return job, None
+            )
+            return Loaded(job, ahead)
+        if begun is not None:
+            job = dataclasses.replace(job, status="IN_PROGRESS", started=begun, attempts=attempts)
+            return Loaded(job, ahead, progress)
+        return Loaded(job, ahead)
 
     async def _get(self, request_id: str, name: str) -> Any:
         return await self._entries.get.aio((request_id, name))
 
     async def _put(self, request_id: str, name: str, value: object) -> None:
         await self._entries.put.aio((request_id, name), value)
+
+    async def _pop(self, entry: object) -> None:
+        await self._entries.pop.aio(entry, None)
+
+
+def _key_entry(job: Job) -> tuple[str, str, str | None]:
+    return (job.key_id, "idempotency", job.terms.idempotency_key)
 
 
 class ProgressReporter:
@@ -139,3 +187,28 @@ class ProgressReporter:
             self._writing = asyncio.create_task(write)
             # A step that was not reported is no reason for anything.
             self._writing.add_done_callback(lambda task: task.cancelled() or task.exception())
+
+
+async def generate(
+    job: Job,
+    task: Task,
+    records: ModalRecords,
+    engine: Callable[[Task, Callable[[Progress], None]], Awaitable[Result]],
+) -> Result | Failure:
+    """What the GPU class does with a job. Answers errors as data: its caller has no torch.
+
+    A job that ended meanwhile, or came too late, costs no GPU time; one that has taken its container
+    down as often as it may is not tried again.
+    """
+    now = time.time()
+    if await records.finished(job.request_id):
+        return Failure("the job has ended", "ended")
+    attempt = await records.start(job.request_id, now)
+    if attempt == 1 and job.overdue(now):
+        return Failure("the caller does not wait any longer", "late")
+    if attempt > (MAX_ATTEMPTS if job.terms.retry else 1):
+        return Failure(f"The runner disconnected {attempt - 1} times", "lost")
+    try:
+        return await engine(task, ProgressReporter(records, job.request_id))
+    except Exception as error:
+        return Failure(f"{type(error).__name__}: {error}")

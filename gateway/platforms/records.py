@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from gateway.files import write_whole
-from gateway.jobs import Job, Outcome, Terms, key_reused, request_digest
+from gateway.jobs import UNKEPT_SECONDS, Job, Outcome, Terms, key_reused, request_digest
 from gateway.webhooks import Attempt, Delivery
 from schemas.errors import ApiError, QueueFull, StartTimeout
 
 INLINE = 64 * 1024
-UNKEPT_SECONDS = 600.0
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (

@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 from gateway.files import DirectoryFiles
-from gateway.jobs import Job, Outcome
-from gateway.platforms.records import INLINE, UNKEPT_SECONDS, Records
+from gateway.jobs import UNKEPT_SECONDS, Job, Outcome
+from gateway.platforms.records import INLINE, Records
 
 LONG = b"x" * (INLINE + 1)
 

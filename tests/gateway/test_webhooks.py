@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from typer.testing import CliRunner
 
 from gateway.jobs import Outcome
-from gateway.signing import CACHED_SECONDS, PUBLISHED_SECONDS, Signer
+from gateway.signing import CACHED_SECONDS, PUBLISHED_SECONDS, DirectorySigner
 from gateway.webhooks import ATTEMPTS, Attempt, _judged, payload
 from inference.engine import Engine
 from local_app import app
@@ -163,10 +163,10 @@ def test_payloads_are_json_whatever_the_outcome() -> None:
 
 def test_a_new_key_is_published_before_it_signs_and_an_old_one_after(tmp_path: Path) -> None:
     now = 1_000_000.0
-    signer = Signer(tmp_path / "keys", now)
+    signer = DirectorySigner(tmp_path / "keys", now)
     (first,) = signer.jwks(now)["keys"]
     old = signer.headers("id", "user", b"{}", now)
-    starts = Signer(tmp_path / "keys", now).rotate(now)  # another process
+    starts = DirectorySigner(tmp_path / "keys", now).rotate(now)  # another process
     assert starts == now + CACHED_SECONDS
     jwks = signer.jwks(now)
     assert len(jwks["keys"]) == 2 and first in jwks["keys"]

@@ -7,10 +7,12 @@ as the real one would; what no test needs is UNIMPLEMENTED, by name, so that a g
 from __future__ import annotations
 
 import asyncio
+import functools
+import inspect
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import modal  # noqa: F401  (modal_proto must not be imported first)
 from google.protobuf.empty_pb2 import Empty
@@ -28,11 +30,16 @@ class Plane:
         self.functions: dict[str, api.Function | api.FunctionData] = {}
         self.classes: list[str] = []
         self.secrets: dict[str, list[str]] = {}
+        self.secret_names: dict[str, str] = {}
         self.volumes: dict[str, int] = {}
         self.entries: dict[str, dict[bytes, bytes]] = {}
         self.images: dict[str, api.Image] = {}
         self.published = False
+        self.web_url = "http://zimage.example"
+        self.failing: dict[str, list[Status]] = {}
+        """What calls of an RPC are to be answered with, one after the other."""
         self._ids = 0
+        self._servers: list[Server] = []
 
     def new_id(self, prefix: str) -> str:
         self._ids += 1
@@ -63,11 +70,16 @@ class Plane:
 
     async def SecretGetOrCreate(self, request: Any) -> Any:
         self.secrets[request.deployment_name] = list(request.required_keys)
-        return api.SecretGetOrCreateResponse(secret_id=self.new_id("st"))
+        secret_id = self.new_id("st")
+        self.secret_names[secret_id] = request.deployment_name
+        return api.SecretGetOrCreateResponse(secret_id=secret_id)
 
     async def VolumeGetOrCreate(self, request: Any) -> Any:
         self.volumes[request.deployment_name] = request.version
-        return api.VolumeGetOrCreateResponse(volume_id=f"vo-{request.deployment_name}")
+        metadata = api.VolumeMetadata(version=request.version)
+        return api.VolumeGetOrCreateResponse(
+            volume_id=f"vo-{request.deployment_name}", version=request.version, metadata=metadata
+        )
 
     async def DictGetOrCreate(self, request: Any) -> Any:
         dict_id = f"di-{request.deployment_name}"
@@ -85,6 +97,14 @@ class Plane:
                 created = created or update.key not in entries
                 entries[update.key] = update.value
         return api.DictUpdateResponse(created=created)
+
+    async def DictPop(self, request: Any) -> Any:
+        value = self.entries[request.dict_id].pop(request.key, None)
+        return api.DictPopResponse(found=value is not None, value=value)
+
+    async def DictContents(self, request: Any) -> AsyncIterator[Any]:
+        for key, value in list(self.entries[request.dict_id].items()):
+            yield api.DictEntry(key=key, value=value)
 
     async def MountGetOrCreate(self, request: Any) -> Any:
         metadata = api.MountHandleMetadata(content_checksum_sha256_hex="0" * 64)
@@ -129,7 +149,7 @@ class Plane:
             function_name=function.function_name, function_type=function.function_type
         )
         if function.webhook_config.type:
-            metadata.web_url = "http://zimage.example"
+            metadata.web_url = self.web_url
         for name, definition in function.method_definitions.items():
             metadata.method_handle_metadata[name].CopyFrom(
                 api.FunctionHandleMetadata(
@@ -148,50 +168,74 @@ class Plane:
         self.published = True
         return api.AppPublishResponse(url="http://app", deployed_at=1.0)
 
+    async def listen(self, task_id: str = "") -> str:
+        """Serve on a port of its own, so that whoever calls there is known; returns the URL."""
+        server = Server([_service(self, task_id)])
+        await server.start("127.0.0.1", 0)
+        self._servers.append(server)
+        port = server._server.sockets[0].getsockname()[1]  # type: ignore[union-attr]
+        return f"http://127.0.0.1:{port}"
+
+    async def close(self) -> None:
+        for server in self._servers:
+            server.close()
+
+
+P = TypeVar("P", bound=Plane)
+
+
+@contextmanager
+def running(plane: P) -> Iterator[tuple[P, str, asyncio.AbstractEventLoop]]:
+    """The plane, its URL and its event loop, which has a thread of its own until the block ends."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+
+    def do(coroutine: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, loop).result(30)
+
+    async def cancel_all() -> None:
+        await plane.close()
+        tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    try:
+        yield plane, do(plane.listen()), loop
+    finally:
+        do(cancel_all())
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
 
 @contextmanager
 def control_plane() -> Iterator[tuple[Plane, str]]:
-    """A running plane and its URL. Serves from a thread until the block ends."""
-    plane, loop = Plane(), asyncio.new_event_loop()
-    started, stop = threading.Event(), asyncio.Event()
-    port = 0
-
-    async def serve() -> None:
-        nonlocal port
-        server = Server([_service(plane)])
-        await server.start("127.0.0.1", 0)
-        port = server._server.sockets[0].getsockname()[1]  # type: ignore[union-attr]
-        started.set()
-        await stop.wait()
-        server.close()
-        await server.wait_closed()
-
-    def run() -> None:
-        asyncio.set_event_loop(loop)
-        loop.run_until_complete(serve())
-        loop.close()
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    started.wait()
-    try:
-        yield plane, f"http://127.0.0.1:{port}"
-    finally:
-        loop.call_soon_threadsafe(stop.set)
-        thread.join()
+    """A running plane that accepts a deploy, and its URL."""
+    with running(Plane()) as (plane, url, _):
+        yield plane, url
 
 
-def _service(plane: Plane) -> Any:
+def _service(plane: Plane, task_id: str) -> Any:
     """ModalClientBase with our handlers, everything else refused by name."""
 
     def handler(name: str) -> Any:
-        answer = getattr(plane, name, None)
+        method = getattr(plane, name, None)
+        knows_task = method is not None and "task_id" in inspect.signature(method).parameters
+        bound = functools.partial(method, task_id=task_id) if method and knows_task else method
 
         async def handle(self: Any, stream: Stream[Any, Any]) -> None:
             request = await stream.recv_message()
-            if answer is None:
+            if bound is None:
                 raise GRPCError(Status.UNIMPLEMENTED, f"the test's control plane has no {name}")
-            await stream.send_message(await answer(request))
+            if plane.failing.get(name):
+                raise GRPCError(plane.failing[name].pop(0), f"{name} fails, as asked")
+            if inspect.isasyncgenfunction(method):
+                async for message in bound(request):
+                    await stream.send_message(message)
+            else:
+                await stream.send_message(await bound(request))
 
         return handle
 

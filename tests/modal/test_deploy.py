@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,31 +11,20 @@ import pytest
 from modal_proto import api_pb2 as api
 
 from tests.conftest import ROOT
+from tests.modal.cloud import deploy
 from tests.modal.control_plane import Plane, control_plane
 
 
-def deploy(home: Path, **settings: str) -> tuple[subprocess.CompletedProcess[str], Plane]:
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("ZIMAGE_", "MODAL_"))}
+def deployment(home: Path, **settings: str) -> tuple[subprocess.CompletedProcess[str], Plane]:
     with control_plane() as (plane, url):
-        environment = {
-            **kept,
-            "HOME": str(home),
-            "MODAL_SERVER_URL": url,
-            "MODAL_TOKEN_ID": "ak-test",
-            "MODAL_TOKEN_SECRET": "as-test",
-            "MODAL_DISABLE_API_PROXY": "1",
-            **settings,
-        }
-        command = [sys.executable, "-m", "modal", "deploy", "modal_app.py"]
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100
-        )
-    return done, plane
+        return deploy(home, url, **settings), plane
 
 
 @pytest.fixture(scope="module")
 def plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plane]:
-    done, plane = deploy(tmp_path_factory.mktemp("home"), ZIMAGE_KEYS="alice:never-deployed-key")
+    done, plane = deployment(
+        tmp_path_factory.mktemp("home"), ZIMAGE_KEYS="alice:never-deployed-key"
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert plane.published
     yield plane
@@ -62,7 +49,14 @@ def image_of(plane: Plane, function: Any) -> str:
 
 
 def test_what_is_deployed(plane: Plane) -> None:
-    assert set(plane.functions) == {"Turbo.*", "job", "gateway", "sweep", "fetch_weights"}
+    assert set(plane.functions) == {
+        "Turbo.*",
+        "job",
+        "webhook",
+        "gateway",
+        "housekeeping",
+        "fetch_weights",
+    }
     assert len(plane.classes) == 1
     assert set(plane.volumes) == {"zimage-weights", "zimage-cache"}
     assert plane.secrets == {"zimage-keys": ["ZIMAGE_KEYS"]}
@@ -104,18 +98,18 @@ def test_the_job(plane: Plane) -> None:
     job = plane.functions["job"]
     assert isinstance(job, api.Function)
     assert not job.resources.gpu_config.gpu_type and not job.secret_ids
-    assert job.retry_policy.retries == 2 and job.timeout_secs == 900
-    assert job.max_concurrent_inputs == 8
+    assert job.retry_policy.retries == 2 and job.timeout_secs == 24 * 3600
+    assert job.max_concurrent_inputs == 16
 
 
 def test_the_cron(plane: Plane) -> None:
-    sweep = plane.functions["sweep"]
-    assert isinstance(sweep, api.Function)
-    assert sweep.schedule.cron.cron_string == "17 * * * *"
+    housekeeping = plane.functions["housekeeping"]
+    assert isinstance(housekeeping, api.Function)
+    assert housekeeping.schedule.cron.cron_string == "*/10 * * * *"
 
 
 def test_images(plane: Plane) -> None:
-    for name in ("gateway", "job", "sweep"):
+    for name in ("gateway", "job", "webhook", "housekeeping"):
         commands = image_of(plane, plane.functions[name])
         assert "fastapi==" in commands and "torch" not in commands
     gpu = image_of(plane, gpu_class(plane)[0])
@@ -149,7 +143,7 @@ def test_keys_are_in_no_image(plane: Plane) -> None:
 def test_snapshot_modes_and_settings(
     mode: str, snapshot: bool, gpu_snapshot: bool, tmp_path: Path
 ) -> None:
-    done, plane = deploy(
+    done, plane = deployment(
         tmp_path,
         ZIMAGE_SNAPSHOT=mode,
         ZIMAGE_GPU="L40S, A10",
@@ -186,6 +180,6 @@ def test_snapshot_modes_and_settings(
 def test_a_wrong_setting_stops_the_deploy(
     settings: dict[str, str], message: str, tmp_path: Path
 ) -> None:
-    done, plane = deploy(tmp_path, **settings)
+    done, plane = deployment(tmp_path, **settings)
     assert done.returncode != 0 and not plane.published
     assert message in " ".join((done.stdout + done.stderr).replace("│", "").split())

@@ -9,7 +9,7 @@ import modal
 from modal_proto import api_pb2 as api
 
 from gateway.jobs import Job, Outcome
-from gateway.platforms.modal_records import Finished, ModalRecords, ProgressReporter
+from gateway.platforms.modal_records import Finished, Loaded, ModalRecords, ProgressReporter
 from schemas.errors import Cancelled
 from schemas.task import Progress
 from tests.modal.control_plane import control_plane
@@ -36,21 +36,21 @@ def test_a_job_is_what_its_entries_say() -> None:
         assert await records.call_id("r1") is None
         await records.insert(JOB)
         await records.set_call("r1", "fc-1")
-        assert await records.load("r1") == (JOB, None)
+        assert await records.load("r1") == Loaded(JOB, 0)
         assert await records.call_id("r1") == "fc-1"
 
-        await records.set_started("r1", 2.0)
+        assert await records.start("r1", 2.0) == 1
         await records.set_progress("r1", STEP)
         loaded = await records.load("r1")
         assert loaded is not None
-        job, progress = loaded
+        job, progress = loaded.job, loaded.progress
         assert (job.status, job.started, progress) == ("IN_PROGRESS", 2.0, STEP)
         assert await records.outcome("r1") is None
 
         assert await records.finish("r1", DONE)
         loaded = await records.load("r1")
         assert loaded is not None
-        job, progress = loaded
+        job, progress = loaded.job, loaded.progress
         assert (job.status, job.started, job.finished, progress) == ("COMPLETED", 2.0, 9.0, None)
         assert job.outcome is not None and (job.outcome.units, job.outcome.body) == (0.5, b"")
         assert await records.outcome("r1") == DONE.outcome
@@ -74,17 +74,17 @@ def test_the_first_end_of_a_job_is_its_end() -> None:
 def test_progress_is_reported_without_holding_up_the_engine() -> None:
     async def scenario(records: ModalRecords) -> None:
         await records.insert(JOB)
-        await records.set_started("r1", 2.0)
+        assert await records.start("r1", 2.0) == 1
         report = ProgressReporter(records, "r1")
         for step in range(1, 9):
             report(Progress(step, 8, 1, 1))  # returns at once; one write is under way at a time
         assert report._writing is not None
         await report._writing
         loaded = await records.load("r1")
-        assert loaded is not None and loaded[1] == Progress(1, 8, 1, 1)
+        assert loaded is not None and loaded.progress == Progress(1, 8, 1, 1)
         report(Progress(8, 8, 1, 1))
         await report._writing
         loaded = await records.load("r1")
-        assert loaded is not None and loaded[1] == Progress(8, 8, 1, 1)
+        assert loaded is not None and loaded.progress == Progress(8, 8, 1, 1)
 
     with_records(scenario)
