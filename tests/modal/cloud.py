@@ -85,6 +85,7 @@ class Cloud(Plane):
         self.calls: dict[str, Call] = {}
         self.queues: dict[str, deque[str]] = defaultdict(deque)
         self.containers: dict[str, Container] = {}
+        self.processes: list[asyncio.subprocess.Process] = []
         self.started: list[str] = []
         self.checkpoints: list[str] = []
         self.failures: list[api.GenericResult] = []
@@ -171,7 +172,7 @@ class Cloud(Plane):
 
     async def ContainerHeartbeat(self, request: Any, task_id: str) -> Any:
         container = self.containers[task_id]
-        await self._until(lambda: bool(container.cancelled), POLL_SECONDS)
+        await self._until(lambda: bool(container.cancelled), POLL_SECONDS - 0.2)
         response = api.ContainerHeartbeatResponse()
         if container.cancelled:
             ids = [f"in-{call_id}" for call_id in container.cancelled]
@@ -371,7 +372,7 @@ class Cloud(Plane):
             "MODAL_IS_REMOTE": "1",
             "MODAL_TASK_ID": task_id,
             "MODAL_CONTAINER_ARGUMENTS_PATH": str(folder / "arguments"),
-            "MODAL_HEARTBEAT_INTERVAL": str(POLL_SECONDS + 5),
+            "MODAL_HEARTBEAT_INTERVAL": str(POLL_SECONDS),
             "MODAL_ENABLE_SNAP_RESTORE": "1",
             "MODAL_RESTORE_STATE_PATH": str(folder / "restored"),
         }
@@ -388,6 +389,7 @@ class Cloud(Plane):
             )
         finally:
             os.close(log)
+        self.processes.append(process)
         self.containers[task_id] = Container(task_id, name, process)
         self.started.append(name)
 
@@ -474,11 +476,10 @@ class Cloud(Plane):
                 await self._changed.wait_for(condition)
 
     async def stop(self) -> None:
-        processes = [container.process for container in self.containers.values()]
-        for process in processes:
-            with suppress(ProcessLookupError):  # it could not start
+        for process in self.processes:
+            with suppress(ProcessLookupError):
                 process.send_signal(signal.SIGINT)  # SIGTERM skips exit hooks
-        for process in processes:
+        for process in self.processes:
             try:
                 async with asyncio.timeout(10):
                     await process.wait()
