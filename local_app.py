@@ -23,6 +23,7 @@ from rich.table import Table
 from gateway import webhook_commands
 from gateway.settings import Settings, SettingsError, describe, read
 from gateway.terminal import (
+    check_certificate,
     check_writable,
     console,
     fail,
@@ -158,7 +159,7 @@ def run(
 @app.command(epilog=describe())
 def serve(
     host: Annotated[str, typer.Option(help="Address to bind.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to bind.")] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to bind.")] = 8000,
     home: Annotated[Path | None, typer.Option(help="State directory (ZIMAGE_HOME).")] = None,
     tls_cert: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="Certificate chain, PEM.")
@@ -183,6 +184,8 @@ def serve(
         keys = keys_for(settings, default="off" if _is_loopback(host) else "on")
     except ValueError as error:
         fail(str(error))
+
+    check_certificate(tls_cert, tls_key)
 
     async def generate(task: Task, on_progress: Callable[[Step], None]) -> Result:
         return await engine_async(task, on_progress)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -19,6 +20,8 @@ from gateway.responses import error_response, json_response
 from gateway.routes import files, health, jwks, queue, realtime, run, storage, stream
 from gateway.settings import Settings
 from schemas.errors import ApiError, internal_error
+
+logger = logging.getLogger(__name__)
 
 BROWSERS: dict[str, Any] = {
     "allow_origins": ["*"],  # the key is in a header of the page's own, never in a cookie
@@ -57,6 +60,7 @@ def create_app(settings: Settings, platform: Platform, keys: Keys | None) -> ASG
 
 async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
+    _log(request, error.status, error)
     return error_response(error)
 
 
@@ -64,9 +68,15 @@ async def _http_error(request: Request, error: Exception) -> Response:
     """Starlette's own 404 and 405, in fal's wording."""
     assert isinstance(error, HTTPException)
     detail: Any = error.detail
+    _log(request, error.status_code, detail)
     if error.status_code == 404:
         detail = f"Path {request.url.path} not found"
     return json_response({"detail": detail, "message": detail}, error.status_code, error.headers)
+
+
+def _log(request: Request, status: int, reason: object) -> None:
+    """What was refused, for whoever is wiring up a client."""
+    logger.info("%s %r: %d %s", request.method, request.url.path, status, reason)
 
 
 async def _unexpected(request: Request, error: Exception) -> Response:

@@ -70,16 +70,17 @@ class Keys:
 
 
 def keys_for(settings: Settings, *, default: Literal["on", "off"]) -> Keys | None:
-    """The keys to check, or None when authentication is off.
+    """The keys to check, or None when authentication is off. Whoever sets keys wants them checked.
 
     Raises ValueError when it is on and there are no keys: nothing runs open by accident.
     """
     keys = Keys.parse(settings.keys.get_secret_value())
-    if (settings.auth or default) == "off":
+    if (settings.auth or ("on" if keys else default)) == "off":
         return None
     if not keys:
         raise ValueError(
-            "No keys to check requests with: set ZIMAGE_KEYS=id:secret[,id:secret…], "
+            "No keys to check requests with: set ZIMAGE_KEYS=id:secret[,id:secret…] with "
+            "secrets of 16 characters or more, "
             "or ZIMAGE_AUTH=off to let everyone in"
         )
     return keys

@@ -90,6 +90,12 @@ def expired(name: str, now: float) -> bool:
     return match is None or int(match[1]) <= now
 
 
+def own_name(url: str) -> str | None:
+    """The name in a URL that looks like one of ours, whatever its host: a name is enough to read by."""
+    _, found, name = url.partition(URL_PATH)
+    return name if found and NAME.fullmatch(name) else None
+
+
 class DirectoryFiles(Files):
     """Files in one flat directory. Writes appear whole or not at all."""
 

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from gateway.decoder import Decoder
 from gateway.fetch import Fetcher
-from gateway.files import URL_PATH, Files, TooLarge
+from gateway.files import URL_PATH, Files, TooLarge, own_name
 from gateway.jobs import Job, Outcome
 from media.decode import MAX_BYTES, file_too_large
 from media.encode import CONTENT_TYPES
@@ -127,20 +127,20 @@ async def _perform(
 async def _input_bytes(params: Input, job: Job, services: Services) -> bytes | None:
     if not isinstance(params, ImageToImageInput):
         return None
-    own = job.origin + URL_PATH
-    if params.image_url.startswith(own):  # a picture of ours: no way through the network
+    if name := own_name(params.image_url):  # a picture of ours: no way through the network
         try:
-            data = await services.files.get(params.image_url.removeprefix(own), MAX_BYTES)
+            data = await services.files.get(name, MAX_BYTES)
         except TooLarge:
             raise file_too_large(("body", "image_url")) from None
-        if data is None:
-            raise InputError(
-                ("body", "image_url"),
-                "File download error",
-                "file_download_error",
-                input=params.image_url,
-            )
-        return data
+        if data is not None:
+            return data
+    if params.image_url.startswith(job.origin + URL_PATH):
+        raise InputError(
+            ("body", "image_url"),
+            "File download error",
+            "file_download_error",
+            input=params.image_url,
+        )
     return await services.fetcher(params.image_url)
 
 

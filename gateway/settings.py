@@ -29,7 +29,8 @@ class Settings(BaseSettings):
         "regular", description="Used when a request does not say: none, regular or high."
     )
     auth: Literal["on", "off"] | None = Field(
-        None, description="Require keys; off by default on a loopback bind, on otherwise."
+        None,
+        description="Require keys; by default off on a loopback bind without any, on otherwise.",
     )
     keys: SecretStr = Field(
         SecretStr(""),

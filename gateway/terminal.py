@@ -7,6 +7,7 @@ import base64
 import mimetypes
 import os
 import signal
+import ssl
 import tempfile
 from collections.abc import Coroutine
 from pathlib import Path
@@ -65,6 +66,20 @@ def check_writable(out: Path) -> None:
         fail(f"--out {out} cannot be written: {error.strerror}")
     if out.is_dir():
         fail(f"--out {out} is a directory")
+
+
+def check_certificate(chain: Path | None, key: Path | None) -> None:
+    """Before a server is started that could not answer anybody."""
+    if chain is None and key is None:
+        return
+    if chain is None or key is None:
+        fail("--tls-cert and --tls-key belong together")
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(chain, key)
+    except ssl.SSLError as error:
+        fail(
+            f"--tls-cert {chain} and --tls-key {key} are no certificate with its key: {error.reason}"
+        )
 
 
 async def interruptible(work: Coroutine[Any, Any, T]) -> T:

@@ -46,7 +46,9 @@ def list_webhooks(
     if as_json:
         print(json.dumps([{**row, "state": state(row)} for row in rows], indent=1))
         return
-    table = Table("request", "URL", "attempts", "last answer", "state")
+    table = Table("request", "URL", "attempts", "last answer", "state", box=None)
+    for column in table.columns[:2]:
+        column.overflow = "fold"
     for row in rows:
         table.add_row(
             *(row["request_id"], row["url"], str(row["attempts"])),

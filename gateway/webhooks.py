@@ -21,7 +21,16 @@ from weakref import WeakValueDictionary
 import httpx2
 
 from gateway.addresses import Network
-from gateway.guarded import UNREACHABLE, Resolve, Unusable, checked_url, guarded_pool, resolve, wire
+from gateway.guarded import (
+    UNREACHABLE,
+    Refused,
+    Resolve,
+    Unusable,
+    checked_url,
+    guarded_pool,
+    resolve,
+    wire,
+)
 from gateway.jobs import Outcome
 from gateway.signing import Signer
 
@@ -132,6 +141,8 @@ class Webhooks:
                     extensions={"timeout": timeouts},
                 ) as response:
                     return f"status {response.status}", response.status
+        except Refused as error:
+            return f"refused: {error}", None
         except (*UNREACHABLE, httpx2.InvalidURL, Unusable) as error:
             return type(error).__name__, None
 

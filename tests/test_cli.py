@@ -153,3 +153,19 @@ def test_weights_info() -> None:
     done = zimage("weights", "info")
     assert done.returncode == 0
     assert "ZImageTransformer2DModel" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tls-cert", CAT], "--tls-cert and --tls-key belong together"),
+        (["--tls-cert", CAT, "--tls-key", CAT], "are no certificate with its key"),
+        (["--port", "99999"], "less than or equal to 65535"),
+    ],
+    ids=str,
+)
+def test_a_server_that_could_not_answer_is_not_started(
+    options: list[object], message: str, tmp_path: Path
+) -> None:
+    done = zimage("serve", "--home", tmp_path, *options)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr

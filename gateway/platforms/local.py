@@ -94,7 +94,10 @@ class LocalPlatform(Platform):
         self._outbox = Outbox(self._records, webhooks)
         for job in self._records.requeue_interrupted(time.time()):
             logger.warning("request %s was interrupted, now %s", job.request_id, job.status)
-        for _ in range(self._records.queued()):
+        waiting = self._records.queued()
+        if waiting:
+            logger.info("%d requests from before are waiting and begin now", waiting)
+        for _ in range(waiting):
             self._queued.release()
         for job in self._records.with_deadline():
             self._expire_later(job)

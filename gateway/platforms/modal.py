@@ -29,7 +29,7 @@ from gateway.perform import Services, perform
 from gateway.platform import Platform, View
 from gateway.platforms.modal_files import VolumeFiles
 from gateway.platforms.modal_ledger import Ledger
-from gateway.platforms.modal_records import Finished, Loaded, ModalRecords
+from gateway.platforms.modal_records import Finished, Loaded, Logs, ModalRecords
 from gateway.settings import Settings
 from gateway.signing import SecretSigner
 from gateway.tokens import Tokens
@@ -42,8 +42,8 @@ logger = logging.getLogger(__name__)
 LOST_SECONDS = 30.0
 """Age of an unfinished request from which a look at its status asks Modal whether it still runs."""
 
-WATCH_SECONDS = 0.5
-"""How often a watched request is looked at."""
+WATCH_SECONDS = (0.1, 2.0)
+"""Pause before a watched request is looked at again: at first, and at most; a tenth longer each time."""
 
 YIELD_SECONDS = 1.0
 """How often a request of low priority looks whether others wait for a GPU."""
@@ -195,11 +195,13 @@ class ModalPlatform(Platform):
         return loaded
 
     async def watch(self, request_id: str) -> AsyncIterator[View]:
+        pause, longest = WATCH_SECONDS
         while view := await self.view(request_id):
             yield view
             if view.job.status == "COMPLETED":
                 return
-            await asyncio.sleep(WATCH_SECONDS)
+            await asyncio.sleep(pause)
+            pause = min(1.1 * pause, longest)
 
     async def outcome(self, request_id: str) -> Outcome | None:
         return await self._records.outcome(request_id) if await self._kept(request_id) else None
@@ -212,7 +214,7 @@ class ModalPlatform(Platform):
                 return outcome
             await self.view(request_id)  # which ends what has not begun by now
         while (outcome := await self._ended(request_id, timeout=None)) is None:
-            await asyncio.sleep(WATCH_SECONDS)  # it is being spawned
+            await asyncio.sleep(WATCH_SECONDS[0])  # it is being spawned
         return outcome
 
     async def _ended(self, request_id: str, timeout: float | None) -> Outcome | None:
@@ -272,7 +274,7 @@ async def run_job(job: Job, body: bytes, parts: Parts, settings: Settings) -> Ou
     records = parts.records
     outcome = await records.outcome(job.request_id)
     if outcome is None:  # else cancelled before it started, or delivered a second time
-        logs: list[dict[str, object]] = []
+        logs: Logs = []
         services = Services(
             functools.partial(_generate, job, records, parts.functions.engine),
             parts.files,
@@ -284,6 +286,8 @@ async def run_job(job: Job, body: bytes, parts: Parts, settings: Settings) -> Ou
         outcome = await perform(
             job, body, services, lambda progress: None, lambda text: logs.append(log_entry(text))
         )
+        _, steps = await records.progress(job.request_id)
+        logs = sorted(logs + steps, key=lambda entry: str(entry["timestamp"]))
         if not await records.finish(job.request_id, Finished(outcome, time.time(), logs)):
             outcome = await records.outcome(job.request_id) or outcome
     await parts.ledger.announce(job.request_id, parts.functions.webhook)

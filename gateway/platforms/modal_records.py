@@ -4,7 +4,7 @@
     (id, "call")      Modal's id of the function call that performs it
     (id, "engine")    Modal's id of its call of the GPU class: the first writer wins
     (id, "started")   time of the latest start on a GPU, and the number of starts
-    (id, "progress")  the latest step
+    (id, "progress")  the latest step, and the log of all steps
     (id, "outcome")   outcome without body, and logs: the first writer wins
     (id, "body-…")    the outcome's body, written before it under a name of its own
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 import time
 import uuid
 from collections.abc import Awaitable, Callable
@@ -24,7 +25,12 @@ from typing import Any
 import modal
 
 from gateway.jobs import MAX_ATTEMPTS, Job, Outcome, key_reused
+from gateway.logs import log_entry, progress_message
 from schemas.task import Failure, Progress, Result, Task
+
+logger = logging.getLogger(__name__)
+
+Logs = list[dict[str, object]]
 
 _FACTS = ("job", "call", "engine", "started", "progress", "outcome")
 
@@ -35,7 +41,7 @@ class Finished:
 
     outcome: Outcome
     at: float
-    logs: list[dict[str, object]]
+    logs: Logs
     body_name: str = ""
 
 
@@ -107,8 +113,12 @@ class ModalRecords:
         await self._put(request_id, "started", (now, attempt))
         return attempt
 
-    async def set_progress(self, request_id: str, progress: Progress) -> None:
-        await self._put(request_id, "progress", progress)
+    async def set_progress(self, request_id: str, progress: Progress, logs: Logs) -> None:
+        await self._put(request_id, "progress", (progress, logs))
+
+    async def progress(self, request_id: str) -> tuple[Progress | None, Logs]:
+        found: tuple[Progress, Logs] | None = await self._get(request_id, "progress")
+        return found or (None, [])
 
     async def finish(self, request_id: str, finished: Finished) -> bool:
         """Record the end; False if another end was recorded before."""
@@ -134,8 +144,11 @@ class ModalRecords:
         return None if body is None else dataclasses.replace(finished.outcome, body=body)
 
     async def load(self, request_id: str) -> Loaded | None:
-        accepted, started, progress, finished = await asyncio.gather(
-            *(self._get(request_id, name) for name in ("job", "started", "progress", "outcome"))
+        accepted, started, (progress, logs), finished = await asyncio.gather(
+            self._get(request_id, "job"),
+            self._get(request_id, "started"),
+            self.progress(request_id),
+            self.finished(request_id),
         )
         if accepted is None:
             return None
@@ -153,7 +166,9 @@ class ModalRecords:
             )
             return Loaded(job, ahead)
         if begun is not None:
-            job = dataclasses.replace(job, status="IN_PROGRESS", started=begun, attempts=attempts)
+            job = dataclasses.replace(
+                job, status="IN_PROGRESS", started=begun, attempts=attempts, logs=logs
+            )
             return Loaded(job, ahead, progress)
         return Loaded(job, ahead)
 
@@ -172,21 +187,38 @@ def _key_entry(job: Job) -> tuple[str, str, str | None]:
 
 
 class ProgressReporter:
-    """Writes the latest progress to the records without holding up the engine.
+    """Writes progress to the records without holding up the engine.
 
-    At most one write is under way; steps that pass meanwhile are skipped.
+    At most one write is under way; the next one tells of all steps that have passed meanwhile.
     """
 
     def __init__(self, records: ModalRecords, request_id: str) -> None:
         self._records, self._request_id = records, request_id
+        self._latest: Progress | None = None
+        self._logs: Logs = []
         self._writing: asyncio.Task[None] | None = None
 
     def __call__(self, progress: Progress) -> None:
-        if self._writing is None or self._writing.done():
-            write = self._records.set_progress(self._request_id, progress)
-            self._writing = asyncio.create_task(write)
-            # A step that was not reported is no reason for anything.
-            self._writing.add_done_callback(lambda task: task.cancelled() or task.exception())
+        self._latest = progress
+        self._logs.append(log_entry(progress_message(progress)))
+        if self._writing is None:
+            self._writing = asyncio.create_task(self._write())
+
+    async def _write(self) -> None:
+        try:
+            while (told := self._latest) is not None:
+                await self._records.set_progress(self._request_id, told, list(self._logs))
+                if self._latest is told:
+                    break
+        except Exception as error:  # a step that was not reported is no reason for anything
+            logger.warning("progress of %s could not be written: %r", self._request_id, error)
+        finally:
+            self._writing = None
+
+    async def close(self) -> None:
+        """Wait until the last step is written."""
+        if self._writing is not None:
+            await self._writing
 
 
 async def generate(
@@ -208,7 +240,10 @@ async def generate(
         return Failure("the caller does not wait any longer", "late")
     if attempt > (MAX_ATTEMPTS if job.terms.retry else 1):
         return Failure(f"The runner disconnected {attempt - 1} times", "lost")
+    report = ProgressReporter(records, job.request_id)
     try:
-        return await engine(task, ProgressReporter(records, job.request_id))
+        result = await engine(task, report)
+        await report.close()
+        return result
     except Exception as error:
         return Failure(f"{type(error).__name__}: {error}")

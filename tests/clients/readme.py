@@ -1,4 +1,4 @@
-"""The README's table of clients, so that the lines people copy are the lines the tests run."""
+"""The README's lines for clients, so that the lines people copy are the lines the tests run."""
 
 from __future__ import annotations
 
@@ -8,6 +8,13 @@ from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
 HOST = "you--zimage.modal.run"
+
+
+def block(word: str, url: str) -> str:
+    """The one program in Python that contains a word, with a server's URL in place of the example's."""
+    blocks = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    (found,) = (each for each in blocks if word in each)
+    return found.replace(f"https://{HOST}", url)
 
 
 def pointing(client: str, url: str) -> list[str]:

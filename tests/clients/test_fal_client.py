@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import ssl
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import pytest
-import trustme
 
-from inference.engine import Engine
+from tests.clients.conftest import KEY, Place
 from tests.clients.python import python
 from tests.clients.readme import pointing
-from tests.conftest import CAT, ENDS, Server, serving
-
-KEY = "alice:a-secret-long-enough"
+from tests.conftest import CAT, ENDS, Server
 
 PRELUDE = f"""
 import fal_client, json, os, sys
@@ -26,39 +20,22 @@ SMALL = {{"prompt": "x", "image_url": CAT, "image_size": {{"width": 64, "height"
 """
 
 
-@pytest.fixture(scope="module")
-def tls(tmp_path_factory: pytest.TempPathFactory, engine: Engine) -> Iterator[tuple[Server, Path]]:
-    folder = tmp_path_factory.mktemp("tls")
-    authority = trustme.CA()
-    certificate = authority.issue_cert("localhost")
-    authority.cert_pem.write_to_path(folder / "ca.pem")
-    certificate.private_key_and_cert_chain_pem.write_to_path(folder / "server.pem")
-    certificates = {"ssl_certfile": folder / "server.pem"}
-    trusting = ssl.create_default_context(cafile=folder / "ca.pem")
-    with (
-        serving(folder / "home", engine, keys=KEY, ssl=certificates) as server,
-        httpx2.Client(base_url=server.url, verify=trusting) as server.http,
-    ):
-        yield server, folder / "ca.pem"
-
-
-def client(tls: tuple[Server, Path], program: str, key: str = KEY) -> Any:
+def client(place: Place, program: str, key: str = KEY) -> Any:
     """Run a program against the server as its user would; returns the JSON it prints last."""
-    server, authority = tls
-    run_host, queue_host, *uploads = pointing("fal-client", server.url)
+    run_host, queue_host, *uploads = pointing("fal-client", place.url)
     environment = dict(line.split("=") for line in (run_host, queue_host))
-    environment |= {"FAL_KEY": key, "SSL_CERT_FILE": str(authority)}
+    environment |= {"FAL_KEY": key, "SSL_CERT_FILE": str(place.ca)}
     return python(PRELUDE + "\n".join([*uploads, program]), **environment)
 
 
-def test_run(tls: tuple[Server, Path]) -> None:
-    output = client(tls, "print(json.dumps(fal_client.run(ID, arguments=SMALL)))")
+def test_run(place_tls: Place) -> None:
+    output = client(place_tls, "print(json.dumps(fal_client.run(ID, arguments=SMALL)))")
     assert output["seed"] == 4 and output["images"][0]["width"] == 64
 
 
-def test_subscribe_with_logs(tls: tuple[Server, Path]) -> None:
+def test_subscribe_with_logs(place_tls: Place) -> None:
     output = client(
-        tls,
+        place_tls,
         """
 seen = []
 def update(status):
@@ -75,9 +52,9 @@ print(json.dumps([seen, result]))
     assert len(result["images"]) == 2
 
 
-def test_submit_status_result(tls: tuple[Server, Path]) -> None:
+def test_submit_status_result(place_tls: Place) -> None:
     output = client(
-        tls,
+        place_tls,
         """
 handle = fal_client.submit(ID, arguments=SMALL)
 for event in handle.iter_events(with_logs=True, interval=0.02):
@@ -89,9 +66,9 @@ print(json.dumps([handle.get() == again, type(handle.status()).__name__]))
     assert output == [True, "Completed"]
 
 
-def test_a_422_shows_its_detail(tls: tuple[Server, Path]) -> None:
+def test_a_422_shows_its_detail(place_tls: Place) -> None:
     output = client(
-        tls,
+        place_tls,
         """
 try:
     fal_client.run(ID, arguments={**SMALL, "num_inference_steps": 50})
@@ -104,9 +81,9 @@ except fal_client.FalClientHTTPError as error:
     assert "less than or equal to 8" in message
 
 
-def test_cancel(tls: tuple[Server, Path]) -> None:
+def test_cancel(place_tls: Place) -> None:
     output = client(
-        tls,
+        place_tls,
         """
 big = {**SMALL, "image_size": "square", "num_images": 4}
 handle = fal_client.submit(ID, arguments=big)
@@ -123,11 +100,11 @@ except fal_client.FalClientHTTPError as error:
 
 
 @pytest.mark.parametrize("end", ENDS)
-def test_an_end_without_pictures(tls: tuple[Server, Path], end: str) -> None:
-    server, _ = tls
-    with server.ending(end, KEY):
+def test_an_end_without_pictures(local_tls: Server, ca: Path, end: str) -> None:
+    place = Place(local_tls.url, local_tls.http, ca)
+    with local_tls.ending(end, KEY):
         output = client(
-            tls,
+            place,
             """
 try:
     fal_client.subscribe(ID, arguments=SMALL)
@@ -138,9 +115,9 @@ except fal_client.FalClientHTTPError as error:
     assert tuple(output) == ENDS[end]
 
 
-def test_a_wrong_key(tls: tuple[Server, Path]) -> None:
+def test_a_wrong_key(place_tls: Place) -> None:
     output = client(
-        tls,
+        place_tls,
         """
 try:
     fal_client.run(ID, arguments=SMALL)
@@ -152,9 +129,9 @@ except fal_client.FalClientHTTPError as error:
     assert output == [401, "No user found for Key ID and Secret"]
 
 
-def test_async_client(tls: tuple[Server, Path]) -> None:
+def test_async_client(place_tls: Place) -> None:
     output = client(
-        tls,
+        place_tls,
         """
 import asyncio
 async def main():
@@ -167,9 +144,9 @@ print(json.dumps([result["seed"] for result in asyncio.run(main())]))
 
 
 @pytest.mark.parametrize("threshold", [100_000_000, 1000], ids=["whole", "in parts"])
-def test_upload(tls: tuple[Server, Path], threshold: int) -> None:
+def test_upload(place_tls: Place, threshold: int) -> None:
     output = client(
-        tls,
+        place_tls,
         f"""
 fal_client.client.MULTIPART_THRESHOLD = {threshold}
 url = fal_client.upload_file({str(CAT)!r})
@@ -179,16 +156,15 @@ print(json.dumps([url, len(result["images"])]))
     )
     url, images = output
     assert images == 1
-    server, _ = tls
-    stored = server.home / "files" / url.rpartition("/")[2]
-    assert stored.read_bytes() == CAT.read_bytes()
+    assert place_tls.http.get(url).content == CAT.read_bytes()
 
 
-def test_stream(tls: tuple[Server, Path]) -> None:
+def test_stream(place_tls: Place) -> None:
     output = client(
-        tls,
+        place_tls,
         """
-events = list(fal_client.stream(ID, arguments=SMALL))
+seen = {**SMALL, "image_size": {"width": 256, "height": 256}}
+events = list(fal_client.stream(ID, arguments=seen))
 print(json.dumps([[e["progress"]["step"] for e in events[:-1]], len(events[-1]["images"])]))
 """,
     )
@@ -197,9 +173,9 @@ print(json.dumps([[e["progress"]["step"] for e in events[:-1]], len(events[-1]["
 
 
 @pytest.mark.parametrize("use_jwt", [True, False])
-def test_realtime(tls: tuple[Server, Path], use_jwt: bool) -> None:
+def test_realtime(place_tls: Place, use_jwt: bool) -> None:
     output = client(
-        tls,
+        place_tls,
         f"""
 seeds = []
 with fal_client.realtime(ID, use_jwt={use_jwt}) as connection:

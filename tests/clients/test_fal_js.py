@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from inference.engine import Engine
+from tests.clients.conftest import KEY, Place
 from tests.clients.npm import FAL_CLIENT, install, node
 from tests.clients.readme import pointing
-from tests.conftest import CAT, ENDS, Server, serving
+from tests.conftest import CAT, ENDS, Server
 
 PRELUDE = """
 import {{ createFalClient }} from "@fal-ai/client";
@@ -24,14 +23,14 @@ const SMALL = {{
 const host = {url!r};
 const byMiddleware = {{ requestMiddleware: async (request) => ({{ ...request, url: request.url
   .replace("https://queue.fal.run", host + "/queue")
-  {rest}
+  .replace("https://rest.fal.ai", host + "/rest")
   .replace("https://fal.run", host) }}) }};
 const byProxy = {{ {proxy} }};
 const fal = createFalClient({{ credentials: {key!r}, ...{way} }});
 const show = (value) => console.log(JSON.stringify(value));
 """
 
-KEY = "alice:a-secret-long-enough"
+WAYS = ["byMiddleware", "byProxy"]
 
 
 @pytest.fixture(scope="module")
@@ -39,20 +38,14 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return install(tmp_path_factory.mktemp("npm"), FAL_CLIENT)
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, engine: Engine) -> Iterator[Server]:
-    with serving(tmp_path_factory.mktemp("home"), engine, keys=KEY) as server:
-        yield server
+@pytest.fixture(params=WAYS)
+def prelude(request: pytest.FixtureRequest, place: Place) -> str:
+    return written(place, request.param)
 
 
-@pytest.fixture(params=["byMiddleware", "byProxy"])
-def prelude(request: pytest.FixtureRequest, server: Server) -> str:
-    return written(server, request.param)
-
-
-def written(server: Server, way: str) -> str:
-    rest, proxy = pointing("@fal-ai/client", server.url)
-    return PRELUDE.format(cat=str(CAT), url=server.url, key=KEY, way=way, rest=rest, proxy=proxy)
+def written(server: Place | Server, way: str) -> str:
+    (proxy,) = pointing("@fal-ai/client", server.url)
+    return PRELUDE.format(cat=str(CAT), url=server.url, key=KEY, way=way, proxy=proxy)
 
 
 def test_run(project: Path, prelude: str) -> None:
@@ -115,14 +108,15 @@ catch (error) { show([error.name, error.status, error.message]); }
     assert output == ["ApiError", 499, "Request was cancelled by the client"]
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("end", ENDS)
-def test_an_end_without_pictures(project: Path, prelude: str, server: Server, end: str) -> None:
+def test_an_end_without_pictures(project: Path, local: Server, way: str, end: str) -> None:
     program = """
 try { await fal.subscribe(ID, { input: SMALL, pollInterval: 20 }); }
 catch (error) { show([error.status, error.message]); }
 """
-    with server.ending(end, KEY):
-        assert tuple(node(project, prelude + program)) == ENDS[end]
+    with local.ending(end, KEY):
+        assert tuple(node(project, written(local, way) + program)) == ENDS[end]
 
 
 def test_a_422_shows_its_detail(project: Path, prelude: str) -> None:
@@ -140,7 +134,7 @@ catch (error) {
     assert output == ["ValidationError", 422, message, 1]
 
 
-def test_a_blob_in_the_input_is_uploaded(project: Path, prelude: str, server: Server) -> None:
+def test_a_blob_in_the_input_is_uploaded(project: Path, prelude: str, place: Place) -> None:
     output = node(
         project,
         prelude
@@ -152,7 +146,7 @@ show([data.images.length, url]);
 """,
     )
     assert output[0] == 1
-    assert server.http.get(output[1]).content == CAT.read_bytes()
+    assert place.http.get(output[1]).content == CAT.read_bytes()
 
 
 def test_stream(project: Path, prelude: str) -> None:
@@ -160,7 +154,8 @@ def test_stream(project: Path, prelude: str) -> None:
         project,
         prelude
         + """
-const stream = await fal.stream(ID, { input: SMALL });
+const input = { ...SMALL, image_size: { width: 256, height: 256 } };
+const stream = await fal.stream(ID, { input });
 const steps = [];
 for await (const event of stream) if (event.progress) steps.push(event.progress.step);
 const last = await stream.done();
@@ -171,9 +166,9 @@ show([steps, last.images.length]);
     assert steps and steps == sorted(steps) and images == 1
 
 
-def test_realtime(project: Path, server: Server) -> None:
+def test_realtime(project: Path, place: Place) -> None:
     """The client's WebSocket host is fixed; only that is replaced, below it."""
-    prelude = written(server, "byMiddleware")
+    prelude = written(place, "byMiddleware")
     output = node(
         project,
         """
@@ -196,7 +191,7 @@ const connection = fal.realtime.connect(ID, {
 connection.send({ ...SMALL, seed: 1 });
 setTimeout(() => connection.send({ ...SMALL, seed: 9 }), 500);
 """,
-        WS=server.url.replace("http", "ws"),
+        WS=place.url.replace("http", "ws"),
         NODE_OPTIONS="--experimental-websocket",  # node 20 has it behind this flag
     )
     assert output[-1] == 9

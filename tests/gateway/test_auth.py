@@ -1,6 +1,10 @@
-import pytest
+from pathlib import Path
 
-from gateway.auth import Keys, Unauthorized
+import pytest
+from pydantic import SecretStr
+
+from gateway.auth import Keys, Unauthorized, keys_for
+from gateway.settings import Settings
 
 SECRET = "a-secret-of-some-length"
 KEYS = Keys.parse(f"alice:{SECRET}, bob:{SECRET[::-1]}")
@@ -47,3 +51,12 @@ def test_unusable_settings_are_refused_without_showing_secrets(text: str, proble
 
 def test_no_keys() -> None:
     assert not Keys.parse("") and not Keys.parse(" , ")
+
+
+def test_keys_that_are_set_are_checked_wherever_the_server_listens(tmp_path: Path) -> None:
+    keys = SecretStr(f"alice:{SECRET}")
+    assert keys_for(Settings(home=tmp_path, keys=keys), default="off") is not None
+    assert keys_for(Settings(home=tmp_path, keys=keys, auth="off"), default="on") is None
+    assert keys_for(Settings(home=tmp_path), default="off") is None
+    with pytest.raises(ValueError, match="No keys to check"):
+        keys_for(Settings(home=tmp_path), default="on")

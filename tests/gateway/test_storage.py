@@ -194,3 +194,12 @@ def test_outputs_live_as_long_as_the_request_says(tmp_path: Path, engine: Engine
         answer = server.http.post("/fal-ai/z-image/turbo", json=body, headers=headers).json()
     match = NAME.search(answer["images"][0]["url"])
     assert match is not None and int(match[1]) - time.time() == pytest.approx(3600, abs=60)
+
+
+def test_an_upload_is_ours_under_any_name_of_the_host(server: Server, picture: bytes) -> None:
+    """A name is enough to read by, so it is enough here, and nothing is asked over the network."""
+    urls = initiate(server)
+    server.http.put(urls["upload_url"], content=picture)
+    alias = f"https://zimage.invalid/files/{urls['file_url'].rpartition('/')[2]}"
+    body = {"prompt": "x", "image_url": alias, "image_size": {"width": 64, "height": 64}}
+    assert server.http.post(I2I, json=body, headers=KEY).status_code == 200

@@ -93,7 +93,7 @@ class Cloud(Plane):
         self.volume_files: dict[str, dict[str, tuple[bytes, float]]] = defaultdict(dict)
         self.wanted: dict[str, int] = defaultdict(lambda: 1)
         self.full = False
-        self.blob_url = ""
+        self.plain_url = self.blob_url = ""
         self._changed = asyncio.Condition()
 
     async def open(self, certificate: ssl.SSLContext | None) -> web.AppRunner:
@@ -107,7 +107,8 @@ class Cloud(Plane):
         await runner.setup()
         plain = web.TCPSite(runner, "127.0.0.1", 0)
         await plain.start()
-        self.blob_url = f"http://127.0.0.1:{port_of(plain)}/blobs"
+        self.plain_url = f"http://localhost:{port_of(plain)}"
+        self.blob_url = f"{self.plain_url}/blobs"
         site = web.TCPSite(runner, "127.0.0.1", 0, ssl_context=certificate)
         await site.start()
         scheme = "https" if certificate else "http"

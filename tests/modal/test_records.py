@@ -40,7 +40,7 @@ def test_a_job_is_what_its_entries_say() -> None:
         assert await records.call_id("r1") == "fc-1"
 
         assert await records.start("r1", 2.0) == 1
-        await records.set_progress("r1", STEP)
+        await records.set_progress("r1", STEP, [])
         loaded = await records.load("r1")
         assert loaded is not None
         job, progress = loaded.job, loaded.progress
@@ -74,17 +74,14 @@ def test_the_first_end_of_a_job_is_its_end() -> None:
 def test_progress_is_reported_without_holding_up_the_engine() -> None:
     async def scenario(records: ModalRecords) -> None:
         await records.insert(JOB)
-        assert await records.start("r1", 2.0) == 1
+        await records.start("r1", 2.0)
         report = ProgressReporter(records, "r1")
         for step in range(1, 9):
             report(Progress(step, 8, 1, 1))  # returns at once; one write is under way at a time
-        assert report._writing is not None
-        await report._writing
-        loaded = await records.load("r1")
-        assert loaded is not None and loaded.progress == Progress(1, 8, 1, 1)
-        report(Progress(8, 8, 1, 1))
-        await report._writing
+        await report.close()
         loaded = await records.load("r1")
         assert loaded is not None and loaded.progress == Progress(8, 8, 1, 1)
+        assert [entry["message"] for entry in loaded.job.logs][-1] == "image 1/1: step 8/8"
+        assert len(loaded.job.logs) == 8
 
     with_records(scenario)
