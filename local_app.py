@@ -7,7 +7,8 @@ import json
 import logging
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from importlib.metadata import version
 from ipaddress import ip_address
 from pathlib import Path
@@ -20,7 +21,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 
-from gateway import webhook_commands
+from gateway import schedule_commands, webhook_commands
 from gateway.settings import Settings, SettingsError, describe, read
 from gateway.terminal import (
     check_certificate,
@@ -38,7 +39,7 @@ from schemas.task import Progress as Step
 
 if TYPE_CHECKING:
     from gateway.once import Answer
-    from gateway.platform import View
+    from gateway.platform import Platform, View
     from inference.engine import Engine
 
 app = typer.Typer(
@@ -57,16 +58,19 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="And exit.")
     ] = False,
 ) -> None:
     """The fal.ai Z-Image API on your own machine."""
+    context.obj = _platform
 
 
 weights_app = typer.Typer(help="Look at weights and download them.", no_args_is_help=True)
 app.add_typer(weights_app, name="weights")
 app.add_typer(webhook_commands.app, name="webhooks")
+app.add_typer(schedule_commands.app, name="schedule")
 
 
 IMAGE_TO_IMAGE, TEXT_TO_IMAGE = "fal-ai/z-image/turbo/image-to-image", "fal-ai/z-image/turbo"
@@ -174,6 +178,7 @@ def serve(
     from gateway.app import create_app
     from gateway.auth import keys_for
     from gateway.platforms.local import HomeInUse, LocalPlatform
+    from gateway.schedules import ScheduleError, keep, load, saving_below
     from inference.aio import AsyncEngine
 
     logging.basicConfig(
@@ -186,6 +191,10 @@ def serve(
         fail(str(error))
 
     check_certificate(tls_cert, tls_key)
+    try:
+        schedules = load(settings.schedules) if settings.schedules else []
+    except ScheduleError as error:
+        fail(str(error))
 
     async def generate(task: Task, on_progress: Callable[[Step], None]) -> Result:
         return await engine_async(task, on_progress)
@@ -213,7 +222,12 @@ def serve(
         soft_wrap=True,
     )
     config = uvicorn.Config(
-        create_app(settings, platform, keys),
+        create_app(
+            settings,
+            platform,
+            keys,
+            keep(platform, schedules, settings.public_url or url, saving_below(Path.cwd())),
+        ),
         ssl_certfile=tls_cert,
         ssl_keyfile=tls_key,
         access_log=False,
@@ -293,6 +307,25 @@ def _run_once(settings: Settings, endpoint: str, body: dict[str, Any]) -> tuple[
             raise typer.Exit(130) from None
         finally:
             engine.close()
+
+
+@asynccontextmanager
+async def _platform(settings: Settings) -> AsyncIterator[Platform]:
+    """A platform with an engine, for commands that make pictures without a server."""
+    from gateway.platforms.local import LocalPlatform
+    from inference.aio import AsyncEngine
+
+    async def generate(task: Task, on_progress: Callable[[Step], None]) -> Result:
+        return await engine_async(task, on_progress)
+
+    platform = LocalPlatform(settings, generate)  # before minutes are spent on weights
+    engine_async = AsyncEngine(engine := _load(settings))
+    try:
+        async with platform:
+            yield platform
+    finally:
+        engine_async.close()
+        engine.close()
 
 
 def _load(settings: Settings) -> Engine:

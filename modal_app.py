@@ -21,11 +21,12 @@ if TYPE_CHECKING:
 
     from gateway.jobs import Job, Outcome
     from gateway.platforms.modal import Parts
+    from gateway.schedules import Schedule
     from schemas.task import Failure, Result, Task
 
 MINUTES, HOURS = 60, 60 * 60
 PYTHON = "3.12"
-WEIGHTS_DIR, CACHE_DIR = "/weights", "/cache"
+WEIGHTS_DIR, CACHE_DIR, SCHEDULES = "/weights", "/cache", "/schedules.toml"
 
 deployment, service = read(Deployment), read(Settings)
 app = modal.App("zimage")
@@ -39,12 +40,13 @@ settings = {
     name: value
     for name, value in os.environ.items()
     if name.startswith("ZIMAGE_")
-    and name not in ("ZIMAGE_KEYS", "ZIMAGE_WEBHOOK_KEY", "ZIMAGE_HOME", "ZIMAGE_DEVICE")
+    and name.removeprefix("ZIMAGE_") not in ("KEYS", "WEBHOOK_KEY", "HOME", "DEVICE", "SCHEDULES")
 } | {"ZIMAGE_WEIGHTS": deployment.weights}
 
 gateway_image = (
     modal.Image.debian_slim(python_version=PYTHON)
     .uv_pip_install(
+        "cronsim==2.8",
         "cryptography==50.0.2",
         "fastapi==0.165.0",
         "httpx2==2.16.2",
@@ -55,10 +57,13 @@ gateway_image = (
         "pydantic==2.14.3",
         "pydantic-settings==2.16.3",
         "PyJWT==2.15.1",
+        "tzdata==2026.6",
     )
-    .env(settings)
+    .env(settings | ({"ZIMAGE_SCHEDULES": SCHEDULES} if service.schedules else {}))
     .add_local_python_source("schemas", "media", "gateway")
 )
+if service.schedules:
+    gateway_image = gateway_image.add_local_file(service.schedules, SCHEDULES)
 
 gpu_image = (
     modal.Image.debian_slim(python_version=PYTHON)
@@ -89,13 +94,14 @@ gpu_image = (
 
 # ## Storage
 #
-# Weights and compiled kernels; generated pictures; usage; the records of requests, and what is to be
-# done about them later.
+# Weights and compiled kernels; generated pictures, those of schedules apart; usage; the records of
+# requests, and what is to be done about them later.
 
 weights = modal.Volume.from_name("zimage-weights", create_if_missing=True)
 cache = modal.Volume.from_name("zimage-cache", create_if_missing=True)
 pictures = modal.Volume.from_name("zimage-files", create_if_missing=True, version=2)
 usage = modal.Volume.from_name("zimage-usage", create_if_missing=True, version=2)
+scheduled = modal.Volume.from_name("zimage-scheduled", create_if_missing=True, version=2)
 entries = modal.Dict.from_name("zimage-requests", create_if_missing=True)
 tasks = modal.Dict.from_name("zimage-ledger", create_if_missing=True)
 keys = modal.Secret.from_name("zimage-keys", required_keys=["ZIMAGE_KEYS"])
@@ -189,7 +195,8 @@ def parts() -> Parts:
     """All of the above, as the platform calls it."""
     from gateway.platforms.modal import Functions, Parts
 
-    return Parts(Functions(job, Turbo().generate, webhook), entries, tasks, pictures, usage)
+    functions = Functions(job, Turbo().generate, webhook)
+    return Parts(functions, entries, tasks, pictures, usage, scheduled)
 
 
 # ## The gateway
@@ -205,6 +212,38 @@ def gateway() -> ASGIApp:
 
     settings = read(Settings)
     return create_app(settings, ModalPlatform(parts(), settings), keys_for(settings, default="on"))
+
+
+# ## Schedules
+#
+# One cron for each entry of ZIMAGE_SCHEDULES, named after it.
+
+
+def add_schedule(schedule: Schedule) -> None:
+    async def function() -> None:
+        from gateway.platforms.modal import run_schedule
+
+        origin = service.public_url or str(await gateway.get_web_url.aio())
+        print(await run_schedule(schedule, parts(), read(Settings), origin))
+
+    # Containers look the function up by this name, as they do with those that are written out.
+    name = f"schedule_{schedule.name}"
+    function.__name__ = function.__qualname__ = name
+    globals()[name] = app.function(
+        name=name,
+        image=gateway_image,
+        secrets=[keys],
+        schedule=modal.Cron(schedule.cron, timezone=schedule.timezone),
+        timeout=24 * HOURS,
+        retries=modal.Retries(max_retries=2, initial_delay=10.0),
+    )(function)
+
+
+if service.schedules:
+    from gateway.schedules import load
+
+    for entry in load(service.schedules):
+        add_schedule(entry)
 
 
 # ## Housekeeping

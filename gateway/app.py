@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -38,13 +39,25 @@ BROWSERS: dict[str, Any] = {
 }
 
 
-def create_app(settings: Settings, platform: Platform, keys: Keys | None) -> ASGIApp:
-    """`keys` None leaves authentication off; the composition roots decide whether that is allowed."""
+def create_app(
+    settings: Settings,
+    platform: Platform,
+    keys: Keys | None,
+    beside: Coroutine[Any, Any, None] | None = None,
+) -> ASGIApp:
+    """`keys` None leaves authentication off; the composition roots decide whether that is allowed.
+    `beside` runs while the platform does."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with platform:
-            yield
+            task = asyncio.create_task(beside) if beside else None
+            try:
+                yield
+            finally:
+                if task:
+                    task.cancel()
+                    await asyncio.wait([task])
 
     app = FastAPI(title="Z-Image", version="0.1.0", lifespan=lifespan, redoc_url=None)
     app.state.settings, app.state.platform, app.state.keys = settings, platform, keys

@@ -55,6 +55,9 @@ class Settings(BaseSettings):
     retention: float = Field(
         24 * HOUR, gt=0, description="Seconds that finished requests and their files are kept."
     )
+    schedules: Path | None = Field(
+        None, description="TOML file of schedules, which `zimage serve` and a deployment run."
+    )
     upload_max: int = Field(
         256 * 1024 * 1024, gt=0, description="Bytes that one uploaded file may have."
     )

@@ -57,7 +57,8 @@ def read_lifetime(headers: Mapping[str, str]) -> float | None:
     return None
 
 
-def _plain_url(url: str) -> str:
+def plain_url(url: str) -> str:
+    """A URL that a webhook may have. Raises ValueError."""
     try:
         checked_url(url)
     except (Unusable, InvalidURL):
@@ -67,7 +68,7 @@ def _plain_url(url: str) -> str:
 
 class _Query(BaseModel):
     fal_max_queue_length: Annotated[int | None, Field(gt=0)] = None
-    fal_webhook: Annotated[str, AfterValidator(_plain_url)] | None = None
+    fal_webhook: Annotated[str, AfterValidator(plain_url)] | None = None
 
 
 def read_terms(headers: Mapping[str, str], query: Mapping[str, str]) -> Terms:

@@ -15,6 +15,7 @@ import hashlib
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
+from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any
 
@@ -30,6 +31,7 @@ from gateway.platform import Platform, View
 from gateway.platforms.modal_files import VolumeFiles
 from gateway.platforms.modal_ledger import Ledger
 from gateway.platforms.modal_records import Finished, Loaded, Logs, ModalRecords
+from gateway.schedules import Ran, Schedule, run
 from gateway.settings import Settings
 from gateway.signing import SecretSigner
 from gateway.tokens import Tokens
@@ -79,13 +81,14 @@ class Functions:
 @dataclasses.dataclass(frozen=True, slots=True)
 class Parts:
     """What the app has deployed: functions; Dicts of requests and of what is to be done about them;
-    Volumes of pictures and of usage."""
+    Volumes of pictures, of usage, and of what schedules make."""
 
     functions: Functions
     entries: modal.Dict
     tasks: modal.Dict
     pictures: modal.Volume
     usage: modal.Volume
+    scheduled: modal.Volume
 
     @property
     def records(self) -> ModalRecords:
@@ -304,6 +307,15 @@ async def deliver(request_id: str, parts: Parts, settings: Settings) -> str:
         return await parts.ledger.deliver(request_id, parts.records, webhooks)
     finally:
         await webhooks.close()
+
+
+async def run_schedule(
+    schedule: Schedule, parts: Parts, settings: Settings, origin: str
+) -> list[Ran]:
+    """The body of a schedule's cron: the run that was due last. Repeated, it makes nothing twice."""
+    at = schedule.due(datetime.now(UTC))
+    platform = ModalPlatform(parts, settings)
+    return await run(platform, schedule, at, origin, VolumeFiles(parts.scheduled).save)
 
 
 async def _generate(

@@ -23,6 +23,10 @@ class VolumeFiles(Files):
         await self._upload(io.BytesIO(data), name)
         return name
 
+    async def save(self, path: str, data: bytes) -> None:
+        """Store under a path of the caller's choice, for ever."""
+        await self._upload(io.BytesIO(data), path)
+
     async def stream(self, name: str) -> AsyncIterator[bytes] | None:
         if expired(name, time.time()):
             return None

@@ -92,6 +92,8 @@ class Cloud(Plane):
         self.blobs: dict[str, bytes] = {}
         self.volume_files: dict[str, dict[str, tuple[bytes, float]]] = defaultdict(dict)
         self.wanted: dict[str, int] = defaultdict(lambda: 1)
+        self.local_files: dict[str, str] = {}
+        """Paths in an image that `add_local_file` filled, and where those files are here."""
         self.full = False
         self.plain_url = self.blob_url = ""
         self._changed = asyncio.Condition()
@@ -404,6 +406,8 @@ class Cloud(Plane):
                 for name, value in re.findall(r"^ENV ([A-Z_]+)=(.*)", command):
                     found.setdefault(name, value.strip("'\""))
             pending.extend(base.image_id for base in image.base_images)
+        for name, value in found.items():
+            found[name] = self.local_files.get(value, value)
         for mount in definition.volume_mounts:
             folder = str(self.home / mount.volume_id)
             for name, value in found.items():

@@ -1,0 +1,124 @@
+"""`zimage schedule`: what a file of schedules makes, and when; one run of it; or all of them, for ever."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+from collections.abc import AsyncIterator, Callable
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from gateway.schedules import Schedule, ScheduleError, keep, load, run, saving_below
+from gateway.settings import Settings, SettingsError, read
+from gateway.terminal import fail
+
+if TYPE_CHECKING:
+    from gateway.platform import Platform
+
+app = typer.Typer(help="Pictures on a schedule.", no_args_is_help=True)
+
+_File = Annotated[Path | None, typer.Option("--file", help="TOML. Default: ZIMAGE_SCHEDULES.")]
+_Home = Annotated[Path | None, typer.Option("--home", help="Default: ZIMAGE_HOME.")]
+
+OpenPlatform = Callable[[Settings], contextlib.AbstractAsyncContextManager["Platform"]]
+"""A platform with an engine. The composition root's, handed on as the context's object."""
+
+
+@app.command("list")
+def list_schedules(file: _File = None) -> None:
+    """Entries of the file: when they are due next, and how many requests they make then."""
+    table = Table("name", "next", "requests", "endpoint", "output", box=None)
+    table.columns[1].no_wrap = True
+    now = datetime.now().astimezone()
+    for each in _load(_settings(), file):
+        at = each.next(now)
+        table.add_row(
+            *(each.name, f"{at:%Y-%m-%d %H:%M %Z}", str(len(each.requests(at)))),
+            *(each.endpoint, each.output or ""),
+        )
+    Console().print(table)
+
+
+@app.command("run")
+def run_schedule(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="An entry of the file.")],
+    file: _File = None,
+    home: _Home = None,
+    at: Annotated[
+        datetime | None, typer.Option(help="When it was due. Default: the last time it was.")
+    ] = None,
+) -> None:
+    """Make what an entry was due to make. Again for the same time, it makes nothing twice."""
+    settings = _settings(home)
+    found = {each.name: each for each in _load(settings, file)}
+    if name not in found:
+        fail(f"no schedule {name!r}; there is {', '.join(found) or 'none'}")
+    schedule = found[name]
+    due = schedule.due((at or datetime.now()).astimezone())
+
+    async def once() -> int:
+        async with _opened(context.obj, settings) as platform:
+            ran = await run(platform, schedule, due, _origin(settings), saving_below(Path.cwd()))
+        for each in ran:
+            print(json.dumps({"request_id": each.request_id, "error": each.error}), *each.pictures)
+        return sum(each.error is not None for each in ran)
+
+    if failed := asyncio.run(once()):
+        fail(f"{failed} requests failed")
+
+
+@app.command("serve")
+def serve_schedules(context: typer.Context, file: _File = None, home: _Home = None) -> None:
+    """Run every entry whenever it is due, without a server. (`zimage serve` does so beside the API.)"""
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    settings = _settings(home)
+    schedules = _load(settings, file)
+
+    async def forever() -> None:
+        async with _opened(context.obj, settings) as platform:
+            await keep(platform, schedules, _origin(settings), saving_below(Path.cwd()))
+
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(forever())
+
+
+@contextlib.asynccontextmanager
+async def _opened(open_platform: OpenPlatform, settings: Settings) -> AsyncIterator[Platform]:
+    from gateway.platforms.local import HomeInUse
+
+    try:
+        async with open_platform(settings) as platform:
+            yield platform
+    except HomeInUse as error:
+        fail(f"{error}; `zimage serve` with ZIMAGE_SCHEDULES runs schedules beside the API")
+
+
+def _load(settings: Settings, file: Path | None) -> list[Schedule]:
+    path = file or settings.schedules
+    if path is None:
+        fail("which file? Say --file, or set ZIMAGE_SCHEDULES")
+    try:
+        return load(path)
+    except ScheduleError as error:
+        fail(str(error))
+
+
+def _settings(home: Path | None = None) -> Settings:
+    try:
+        return read(Settings, home=home)
+    except SettingsError as error:
+        fail(str(error))
+
+
+def _origin(settings: Settings) -> str:
+    return settings.public_url or "http://127.0.0.1:8000"
