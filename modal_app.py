@@ -9,6 +9,7 @@ time of the deploy (README, "Settings"); keys come from the Modal secret `zimage
 
 from __future__ import annotations
 
+import asyncio
 import os
 from typing import TYPE_CHECKING
 
@@ -133,7 +134,6 @@ keys = modal.Secret.from_name("zimage-keys", required_keys=["ZIMAGE_KEYS"])
 class Turbo:
     @modal.enter(snap=deployment.snapshot != "off")
     def load(self) -> None:
-        from inference.aio import AsyncEngine
         from inference.snapshot import SnapshotEngine
 
         self.resident = SnapshotEngine(
@@ -144,12 +144,16 @@ class Turbo:
             safety_threshold=service.safety_threshold,
         )
         self.resident.before_snapshot()
-        self.engine = AsyncEngine(self.resident.engine)
 
     @modal.enter(snap=False)
-    def wake(self) -> None:
-        self.resident.after_restore()
-        cache.commit()
+    async def wake(self) -> None:
+        from gateway.platforms.modal_records import ModalRecords
+        from inference.aio import AsyncEngine
+
+        served = await asyncio.to_thread(self.resident.after_restore)
+        self.engine = AsyncEngine(self.resident.engine)
+        await ModalRecords(entries).count_restore(deployment.snapshot, served)
+        await cache.commit.aio()  # type: ignore[no-untyped-call]
 
     @modal.method()
     async def generate(self, job: Job, task: Task) -> Result | Failure:
@@ -260,6 +264,20 @@ async def housekeeping() -> None:
     from gateway.platforms.modal_housekeeping import keep_house
 
     print(await keep_house(parts(), service))
+
+
+@app.function(image=gateway_image, timeout=10 * MINUTES)
+async def report(since: str = "") -> str:
+    """Usage per day and key, and how GPU containers started:
+    `modal run modal_app.py::report --since 2026-11-01`."""
+    from gateway.platforms.modal_usage import Usage, table
+
+    restores = await parts().records.restores(deployment.snapshot)
+    text = table(await Usage(usage).read(since))
+    text += f"\n\nGPU containers since seven days: {restores[0]} started from their snapshot"
+    text += f" ({deployment.snapshot}), {restores[1]} had to load anew"
+    print(text)
+    return text
 
 
 @app.function(image=gpu_image, volumes={WEIGHTS_DIR: weights}, timeout=60 * MINUTES)

@@ -5,7 +5,8 @@
     off   no snapshot; everything happens when the container starts
 
 Which is fastest depends on the platform's mood (facts: GPU restores have crashed for some, CPU
-snapshots of many gigabytes gained nothing for others); hence a switch. Knows no platform.
+snapshots of many gigabytes gained nothing for others); hence a switch, and a picture drawn after every
+restore: if that fails, the weights are loaded anew. Knows no platform.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from inference.engine import Engine
 from inference.safety import THRESHOLD
 
 Mode = Literal["gpu", "cpu", "off"]
+
+HEALTH_CHECK = (256, 256)
+"""Size of the picture that shows whether a restored GPU works."""
 
 logger = logging.getLogger(__name__)
 
@@ -42,21 +46,39 @@ class SnapshotEngine:
         self._warm_up, self._threshold = warm_up, safety_threshold
 
     def before_snapshot(self) -> None:
-        self.engine = Engine.load(
-            self._spec,
-            # Naming the device keeps diffusers and us from asking CUDA whether it is there.
-            device="cpu" if self._mode == "cpu" else self._device,
-            dtype=torch.bfloat16 if self._device.startswith("cuda") else None,
-            safety_threshold=self._threshold,
-        )
+        # Naming the device keeps diffusers and us from asking CUDA whether it is there.
+        self._load("cpu" if self._mode == "cpu" else self._device)
         if self._mode == "gpu":
             self._warm()
 
-    def after_restore(self) -> None:
-        if self._mode == "cpu":
-            self.engine.to(self._device)
-        if self._mode != "gpu":
-            self._warm()
+    def after_restore(self) -> bool:
+        """Ready for requests. False if the snapshot was no good and everything was loaded anew.
+
+        Raises what loading raises.
+        """
+        try:
+            if self._mode == "cpu":
+                self.engine.to(self._device)
+            if self._mode == "gpu":
+                self.engine.warm_up(*HEALTH_CHECK)
+            else:
+                self._warm()
+            return True
+        except Exception:
+            if self._mode == "off":  # there was no snapshot to blame
+                raise
+            logger.exception("the snapshot cannot be used, loading anew")
+        self._load(self._device)
+        self._warm()
+        return False
+
+    def _load(self, device: str) -> None:
+        self.engine = Engine.load(
+            self._spec,
+            device=device,
+            dtype=torch.bfloat16 if self._device.startswith("cuda") else None,
+            safety_threshold=self._threshold,
+        )
 
     def _warm(self) -> None:
         started = time.perf_counter()

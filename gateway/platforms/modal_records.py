@@ -7,6 +7,7 @@
     (id, "progress")  the latest step, and the log of all steps
     (id, "outcome")   outcome without body, and logs: the first writer wins
     (id, "body-…")    the outcome's body, written before it under a name of its own
+    ("restores", …)   how many GPU containers started from their snapshot, how many could not
 
 Entries live until housekeeping deletes them, or seven days from their last use. Imports nothing of
 the gateway's but plain data, so that the GPU container needs none of its libraries.
@@ -171,6 +172,19 @@ class ModalRecords:
             )
             return Loaded(job, ahead, progress)
         return Loaded(job, ahead)
+
+    async def count_restore(self, mode: str, served: bool) -> None:
+        """A GPU container is ready. Two at once may count as one: a figure for people."""
+        entry = ("restores", f"{mode}: {'served' if served else 'reloaded'}")
+        await self._entries.put.aio(entry, await self._entries.get.aio(entry, 0) + 1)
+
+    async def restores(self, mode: str) -> tuple[int, int]:
+        """How many started well, and how many had to load anew."""
+        counts = [
+            int(await self._entries.get.aio(("restores", f"{mode}: {word}"), 0))
+            for word in ("served", "reloaded")
+        ]
+        return counts[0], counts[1]
 
     async def _get(self, request_id: str, name: str) -> Any:
         return await self._entries.get.aio((request_id, name))

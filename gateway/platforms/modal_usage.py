@@ -69,8 +69,8 @@ class Usage:
         return list(found.values())
 
 
-def totals(rows: list[dict[str, Any]]) -> list[tuple[str, str, int, int, float, float]]:
-    """(day, key id, requests, failed ones, units, GPU seconds), sorted."""
+def table(rows: list[dict[str, Any]]) -> str:
+    """Rows summed by day (UTC) and key, as text."""
     sums: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0, 0, 0.0, 0.0])
     for each in rows:
         day = datetime.datetime.fromtimestamp(each["finished"], datetime.UTC).date().isoformat()
@@ -79,10 +79,12 @@ def totals(rows: list[dict[str, Any]]) -> list[tuple[str, str, int, int, float, 
         total[1] += each["status"] >= 400
         total[2] += each["units"]
         total[3] += each["seconds"] or 0.0
-    return [
-        (day, key_id, int(requests), int(failed), units, seconds)
-        for (day, key_id), (requests, failed, units, seconds) in sorted(sums.items())
-    ]
+    lines = [f"{'day':10}  {'key':20}  {'requests':>8}  {'failed':>6}  {'MP':>10}  {'GPU s':>10}"]
+    for (day, key_id), (requests, failed, units, seconds) in sorted(sums.items()):
+        lines.append(
+            f"{day:10}  {key_id:20}  {requests:8.0f}  {failed:6.0f}  {units:10.3f}  {seconds:10.1f}"
+        )
+    return "\n".join(lines)
 
 
 def _schema() -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from inference.engine import Engine
-from inference.snapshot import Mode, SnapshotEngine
+from inference.snapshot import HEALTH_CHECK, Mode, SnapshotEngine
 from schemas.task import Result, Task
 
 TASK = Task("a cat", 64, 48, steps=2, strength=1.0, seed=3, num_images=1)
@@ -13,7 +13,7 @@ TASK = Task("a cat", 64, 48, steps=2, strength=1.0, seed=3, num_images=1)
 
 @pytest.mark.parametrize(
     ("mode", "warm_before", "warm_after"),
-    [("gpu", 2, 0), ("cpu", 0, 2), ("off", 0, 2)],
+    [("gpu", 2, 1), ("cpu", 0, 2), ("off", 0, 2)],
 )
 def test_modes(
     mode: Mode,
@@ -33,10 +33,34 @@ def test_modes(
     resident = SnapshotEngine("demo", mode, device="cpu", warm_up=[(32, 32), (64, 48)])
     resident.before_snapshot()
     assert len(sizes) == warm_before
-    resident.after_restore()
+    assert resident.after_restore()
     assert len(sizes) == warm_before + warm_after
-    assert set(sizes) == {(32, 32), (64, 48)}
+    assert set(sizes) - {HEALTH_CHECK} == {(32, 32), (64, 48)}
     assert resident.engine(TASK).images == engine(TASK).images
+    resident.engine.close()
+
+
+@pytest.mark.parametrize("mode", ["gpu", "cpu"])
+def test_a_snapshot_that_is_no_good_is_replaced(
+    mode: Mode, engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    resident = SnapshotEngine("demo", mode, device="cpu", warm_up=[(32, 32)])
+    resident.before_snapshot()
+    broken = resident.engine
+    broken.transformer = None  # as memory that did not come back
+    assert not resident.after_restore()
+    assert resident.engine is not broken and resident.engine(TASK).images == engine(TASK).images
+    assert "the snapshot cannot be used" in caplog.text
+    broken.close()
+    resident.engine.close()
+
+
+def test_without_a_snapshot_a_failure_is_a_failure() -> None:
+    resident = SnapshotEngine("demo", "off", device="cpu", warm_up=[(32, 32)])
+    resident.before_snapshot()
+    resident.engine.transformer = None
+    with pytest.raises(AttributeError):
+        resident.after_restore()
     resident.engine.close()
 
 

@@ -55,6 +55,7 @@ def test_what_is_deployed(plane: Plane) -> None:
         "webhook",
         "gateway",
         "housekeeping",
+        "report",
         "fetch_weights",
     }
     assert len(plane.classes) == 1

@@ -11,6 +11,7 @@ import json
 import re
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 import pyarrow.parquet as parquet
 import pytest
 from grpclib.const import Status
+from modal._serialization import deserialize
 from modal_proto import api_pb2 as api
 from PIL import Image
 
@@ -95,10 +97,12 @@ def calls(deployment: Deployed, function: str, since: int = 0) -> list[Call]:
     return [c for c in deployment.cloud.calls.values() if c.function == function][since:]
 
 
-def run(deployment: Deployed, function: str) -> None:
-    """As its cron would."""
+def run(deployment: Deployed, function: str) -> int:
+    """As its cron, or `modal run`, would; returns how many such calls there were before."""
+    before = len(calls(deployment, function))
     call = deployment.do(deployment.cloud.run(function))
     assert deployment.do(deployment.cloud.finished(call)).status == 1, deployment.cloud.log()
+    return before
 
 
 def test_a_picture_from_a_picture(deployment: Deployed) -> None:
@@ -390,6 +394,18 @@ def test_a_request_is_forgotten_when_its_time_is_over(deployment: Deployed) -> N
     assert deployment.http.get(urls["response_url"]).status_code == 404
     run(deployment, "housekeeping")
     assert not [key for key in entries if urls["request_id"].encode() in key]
+
+
+def test_the_report(deployment: Deployed) -> None:
+    answer = deployment.http.post(T2I, json=SMALL)
+    assert answer.status_code == 200
+    run(deployment, "housekeeping")
+    (call,) = calls(deployment, "report", run(deployment, "report"))
+    text = deserialize(call.result.result.data, None) if call.result else ""
+    today = datetime.now(UTC).date().isoformat()
+    (line,) = (line for line in text.splitlines() if line.startswith(f"{today}  alice"))
+    assert float(line.split()[4]) >= 64 * 64 / 2**20
+    assert "started from their snapshot (cpu), 0 had to load anew" in text
 
 
 def test_a_schedule_makes_its_burst_once(deployment: Deployed) -> None:
