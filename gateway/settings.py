@@ -98,7 +98,7 @@ class Deployment(BaseSettings):
     buffer_containers: int = Field(0, ge=0, description="Spare GPU containers while any is busy.")
     max_containers: int = Field(10, ge=1, description="GPU containers at most.")
     concurrency: int = Field(
-        2, ge=1, le=8, description="Requests in a GPU container: one has the GPU, others its CPU."
+        4, ge=1, le=8, description="Requests in a GPU container: one has the GPU, others its CPU."
     )
     scaledown_window: int = Field(
         60, ge=2, le=3600, description="Seconds an idle GPU container is kept."

@@ -68,7 +68,7 @@ def test_the_gpu_class(plane: Plane) -> None:
     types = [function.resources.gpu_config.gpu_type for function in ranked]
     assert types == ["H100", "H200", "A100-80GB"]
     for function in ranked:
-        assert function.max_concurrent_inputs == 2
+        assert function.max_concurrent_inputs == 4
         assert function.timeout_secs == 300 and function.startup_timeout_secs == 1200
         assert function.retry_policy.retries == 2
         assert {m.mount_path: m.volume_id for m in function.volume_mounts} == {
