@@ -238,6 +238,7 @@ def add_schedule(schedule: Schedule) -> None:
         image=gateway_image,
         secrets=[keys],
         schedule=modal.Cron(schedule.cron, timezone=schedule.timezone),
+        scaledown_window=2,
         timeout=24 * HOURS,
         retries=modal.Retries(max_retries=2, initial_delay=10.0),
     )(function)
@@ -257,6 +258,7 @@ if service.schedules:
     image=gateway_image,
     schedule=modal.Cron("*/10 * * * *"),
     max_containers=1,
+    scaledown_window=2,
     timeout=30 * MINUTES,
 )
 async def housekeeping() -> None:
