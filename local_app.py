@@ -178,7 +178,7 @@ def serve(
     from gateway.app import create_app
     from gateway.auth import keys_for
     from gateway.platforms.local import HomeInUse, LocalPlatform
-    from gateway.schedules import ScheduleError, keep, load, saving_below
+    from gateway.schedules import ScheduleError, check_keys, keep, load, saving_below
     from inference.aio import AsyncEngine
 
     logging.basicConfig(
@@ -193,6 +193,7 @@ def serve(
     check_certificate(tls_cert, tls_key)
     try:
         schedules = load(settings.schedules) if settings.schedules else []
+        check_keys(schedules, keys)
     except ScheduleError as error:
         fail(str(error))
 

@@ -3,8 +3,8 @@
     gateway (CPU)  ──spawn──▶  job (CPU)  ──spawn──▶  Turbo (GPU)
     speaks fal's protocol      fetch, decode, store     tensors only
 
-Nothing runs while nobody asks: every part scales to zero. Settings are environment variables at the
-time of the deploy (README, "Settings"); keys come from the Modal secret `zimage-keys`.
+Every part scales to zero; while nobody asks, nothing runs but a short cron. Settings are environment
+variables at the time of the deploy (README, "Settings"); keys come from the Modal secret `zimage-keys`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 from typing import TYPE_CHECKING
 
 import modal
+import modal.experimental
 
 from gateway.settings import Deployment, Settings, read
 
@@ -159,7 +160,16 @@ class Turbo:
     async def generate(self, job: Job, task: Task) -> Result | Failure:
         from gateway.platforms.modal_records import ModalRecords, generate
 
-        return await generate(job, task, ModalRecords(entries), self.engine)
+        call_id = modal.current_function_call_id()
+        assert call_id is not None
+        return await generate(job, task, call_id, ModalRecords(entries), self.engine, self.healthy)
+
+    async def healthy(self) -> bool:
+        """Whether the GPU works. A container whose GPU does not takes no more inputs."""
+        works = await asyncio.to_thread(self.resident.healthy)
+        if not works:
+            modal.experimental.stop_fetching_inputs()
+        return works
 
 
 # ## Jobs
@@ -206,7 +216,14 @@ def parts() -> Parts:
 # ## The gateway
 
 
-@app.function(image=gateway_image, secrets=[keys], cpu=1.0, memory=1024, scaledown_window=300)
+@app.function(
+    image=gateway_image,
+    secrets=[keys],
+    cpu=1.0,
+    memory=1024,
+    timeout=24 * HOURS,  # streams and sockets last as long as they last
+    scaledown_window=300,
+)
 @modal.concurrent(max_inputs=200)
 @modal.asgi_app(label="zimage")
 def gateway() -> ASGIApp:

@@ -50,6 +50,9 @@ class Keys:
             keys[key_id] = secret
         return cls(keys)
 
+    def __contains__(self, key_id: str) -> bool:
+        return key_id in self._digests
+
     def __len__(self) -> int:
         return len(self._digests)
 

@@ -23,7 +23,7 @@ UNKEPT_SECONDS = 600.0
 Status = Literal["IN_QUEUE", "IN_PROGRESS", "COMPLETED"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # no slots: pickled by name, for the next version of it to read
 class Terms:
     """How the caller wants the request handled.
 
@@ -47,7 +47,7 @@ class Terms:
 DEFAULT_TERMS = Terms()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Outcome:
     """What a finished request answers: HTTP status, JSON body, billed units (megapixels).
 
@@ -76,7 +76,7 @@ class IllegalTransition(RuntimeError):
     """A bug of ours: a job was asked to do what its state does not allow."""
 
 
-@dataclass(slots=True)
+@dataclass
 class Job:
     """Times are seconds since the epoch. `origin` is the scheme and host for URLs in the answer."""
 
@@ -127,12 +127,12 @@ class Job:
         timeout = self.terms.start_timeout
         return self.status == "IN_QUEUE" and timeout is not None and now >= self.created + timeout
 
-    def forgettable(self, now: float, retention: float) -> bool:
-        """Whether a finished job has been kept for as long as its caller and the operator want."""
+    def forget_at(self, retention: float) -> float | None:
+        """Until when a finished job is kept, as its caller and the operator want."""
         if self.finished is None or self.outcome is None:
-            return False
+            return None
         kept = self.outcome.kept and self.terms.store
-        return now >= self.finished + (retention if kept else UNKEPT_SECONDS)
+        return self.finished + (retention if kept else UNKEPT_SECONDS)
 
     def drop(self, error: ApiError, now: float) -> None:
         """Stop before it began. A running job is stopped by whoever runs it, through `finish`."""

@@ -51,6 +51,10 @@ class Services:
     decoder: Decoder
     acceleration_default: Acceleration
     retention: float
+    resume: Callable[[], Awaitable[tuple[Task, Result] | None]] | None = None
+    """What the engine made of the job when it was performed before, and of which task."""
+    transient: tuple[type[Exception], ...] = ()
+    """Errors of the surroundings: raised, for the job to be performed again."""
 
 
 def parse(endpoint: Endpoint, body: bytes) -> Input:
@@ -68,12 +72,15 @@ def parse(endpoint: Endpoint, body: bytes) -> Input:
 async def perform(
     job: Job, body: bytes, services: Services, on_progress: OnProgress, log: OnLog
 ) -> Outcome:
-    """Run a job to its outcome. Raises only asyncio.CancelledError; errors are outcomes."""
+    """Run a job to its outcome. Errors are outcomes; raises asyncio.CancelledError and what
+    `services.transient` names."""
     try:
         return await _perform(job, body, services, on_progress, log)
     except ApiError as error:
         log(str(error))
         return Outcome.of_error(error)
+    except services.transient:
+        raise
     except Exception:
         logger.exception("request %s failed", job.request_id)
         log("Internal Server Error")
@@ -84,22 +91,25 @@ async def _perform(
     job: Job, body: bytes, services: Services, on_progress: OnProgress, log: OnLog
 ) -> Outcome:
     params = parse(ENDPOINTS[job.endpoint], body)
-    timings: dict[str, float] = {}
+    timings = {"input_fetch": 0.0, "input_decode": 0.0}
     clock = time.perf_counter
 
-    began = clock()
-    data = await _input_bytes(params, job, services)
-    timings["input_fetch"] = clock() - began
+    made = await services.resume() if services.resume else None
+    if made is None:
+        began = clock()
+        data = await _input_bytes(params, job, services)
+        timings["input_fetch"] = clock() - began
 
-    began = clock()
-    picture, size = None, None
-    if data is not None:
-        picture, size = await services.decoder(data, params.image_size)
-        log(f"input picture ready, generating {size.width}×{size.height}")
-    timings["input_decode"] = clock() - began
+        began = clock()
+        picture, size = None, None
+        if data is not None:
+            picture, size = await services.decoder(data, params.image_size)
+            log(f"input picture ready, generating {size.width}×{size.height}")
+        timings["input_decode"] = clock() - began
 
-    task = make_task(params, picture, size or requested_size(params.image_size), services)
-    result = await services.generate(task, on_progress)
+        task = make_task(params, picture, size or requested_size(params.image_size), services)
+        made = task, await services.generate(task, on_progress)
+    task, result = made
 
     began = clock()
     images = [

@@ -71,7 +71,11 @@ def run_schedule(
             print(json.dumps({"request_id": each.request_id, "error": each.error}), *each.pictures)
         return sum(each.error is not None for each in ran)
 
-    if failed := asyncio.run(once()):
+    try:
+        failed = asyncio.run(once())
+    except ScheduleError as error:
+        fail(str(error))
+    if failed:
         fail(f"{failed} requests failed")
 
 

@@ -18,6 +18,7 @@ was interrupted, or started twice, makes each picture once.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import itertools
 import json
 import logging
@@ -34,7 +35,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 from cronsim import CronSim, CronSimError
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from gateway.auth import ANONYMOUS
+from gateway.auth import ANONYMOUS, Keys
 from gateway.jobs import Job, Terms
 from gateway.perform import parse
 from gateway.platform import Platform
@@ -46,6 +47,9 @@ logger = logging.getLogger(__name__)
 
 AT_ONCE = 16
 """Requests of a run that are being submitted at a time."""
+
+PAUSES = (1, 2, 4, 8, 16, 32, 60, 60, 60, 60)
+"""Seconds before a request is submitted again where too many wait."""
 
 LATE_SECONDS = 60.0
 """A clock is looked at this often, so that one that is set does not stop a schedule."""
@@ -83,9 +87,9 @@ def _zone(value: str) -> str:
 
 
 def _folder(value: str) -> str:
-    if value.startswith("/") or ".." in value.split("/"):
+    if not value or value.startswith("/") or ".." in value.split("/"):
         raise ValueError("must be a relative path without ..")
-    return value.strip("/")
+    return value.rstrip("/")
 
 
 class Schedule(BaseModel):
@@ -105,7 +109,13 @@ class Schedule(BaseModel):
     def due(self, now: datetime) -> datetime:
         """The last time it was due, at or before `now`."""
         minute = now.astimezone(ZoneInfo(self.timezone)).replace(second=0, microsecond=0)
-        return next(CronSim(self.cron, minute + timedelta(minutes=1), reverse=True))
+        found = next(CronSim(self.cron, minute + timedelta(minutes=1), reverse=True))
+        # Backwards, the second of two hours with one name is passed over; forwards it is not.
+        for later in CronSim(self.cron, found):
+            if later.timestamp() > now.timestamp():
+                break
+            found = later
+        return found
 
     def next(self, now: datetime) -> datetime:
         """The next time it is due, after `now`."""
@@ -162,6 +172,15 @@ def load(path: Path) -> list[Schedule]:
     return list(found.values())
 
 
+def check_keys(schedules: list[Schedule], keys: Keys | None) -> None:
+    """Where keys are on, usage is somebody's. Raises ScheduleError."""
+    for schedule in schedules:
+        if keys and schedule.key not in keys:
+            raise ScheduleError(
+                f"schedule {schedule.name!r}: key: there is no key {schedule.key!r}"
+            )
+
+
 def _problems(error: ValidationError) -> Iterator[str]:
     for item in error.errors():
         text = item["msg"].removeprefix("Value error, ")
@@ -182,22 +201,38 @@ async def run(
 ) -> list[Ran]:
     """Make the requests that were due at `at`, wait for all, keep their pictures.
 
-    Raises ScheduleError for a webhook where there is no key to sign it, and QueueFull and the like:
-    then repeat it, and what was accepted is not made again.
+    A request that is refused or fails stops no other. Raises ScheduleError for a webhook where there
+    is no key to sign it.
     """
     if schedule.webhook is not None and platform.signer is None:
         raise ScheduleError(f"schedule {schedule.name}: webhook: ZIMAGE_WEBHOOK_KEY is not set")
     places = asyncio.Semaphore(AT_ONCE)
 
-    async def one(index: int, body: bytes) -> Ran:
+    async def submit(body: bytes, copy: int) -> Job:
+        name = hashlib.sha256(body).hexdigest()[:16]  # of what it is, not of its place in the file
         terms = Terms(
-            idempotency_key=f"schedule {schedule.name} {at.isoformat()} {index}",
+            idempotency_key=f"schedule {schedule.name} {at.isoformat()} {name} {copy}",
             webhook=schedule.webhook,
         )
-        new = str(uuid.uuid4())
-        async with places:
-            job = Job(new, schedule.endpoint, schedule.key, origin, time.time(), terms)
-            job = await platform.submit(job, body)
+        for pause in (*PAUSES, None):
+            job = Job(
+                str(uuid.uuid4()), schedule.endpoint, schedule.key, origin, time.time(), terms
+            )
+            try:
+                return await platform.submit(job, body)
+            except ApiError as error:
+                if error.status != 429 or pause is None:
+                    raise
+            await asyncio.sleep(pause)
+        raise AssertionError
+
+    async def one(index: int, body: bytes) -> Ran:
+        try:
+            async with places:
+                job = await submit(body, bodies[:index].count(body))
+        except ApiError as error:
+            logger.error("schedule %s: request %d: %s", schedule.name, index, error)
+            return Ran("", str(error), [])
         outcome = await platform.wait(job.request_id)
         if outcome.status != 200:
             logger.error("schedule %s: %s: %s", schedule.name, job.request_id, outcome.error)
@@ -209,7 +244,8 @@ async def run(
         for number, image in enumerate(images):
             suffix = image["file_name"].rpartition(".")[2]
             folder = _dated(schedule.output, at)
-            path = f"{folder}/{at:%Y-%m-%dT%H%M}-{index:03d}-{number}.{suffix}"
+            name = f"{at:%Y-%m-%dT%H%M%z}-{schedule.name}-{index:03d}-{number}.{suffix}"
+            path = f"{folder}/{name}"
             data = await platform.files.get(image["file_name"])
             if data is not None:  # else a run repeated long after: it was saved then
                 await save(path, data)

@@ -49,7 +49,7 @@ _resolve = partial(resolve, threads=ThreadPoolExecutor(8, thread_name_prefix="we
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # no slots: pickled by name
 class Delivery:
     """A webhook that is due. attempts: how many were made before."""
 
@@ -116,7 +116,7 @@ class Webhooks:
             except Exception as error:  # a bug, a disk: an attempt like any other that failed
                 logger.exception("webhook of %s failed", delivery.request_id)
                 answer, status = type(error).__name__, None
-        attempt = _judged(answer, status, delivery.attempts + 1)
+        attempt = judged(answer, status, delivery.attempts + 1)
         logger.info(
             "webhook of %s, attempt %d: %s", delivery.request_id, delivery.attempts + 1, answer
         )
@@ -147,7 +147,7 @@ class Webhooks:
             return type(error).__name__, None
 
 
-def _judged(answer: str, status: int | None, made: int) -> Attempt:
+def judged(answer: str, status: int | None, made: int) -> Attempt:
     if status is not None and 200 <= status < 300:
         return Attempt(answer, True, None)
     if made >= ATTEMPTS or (status is not None and 300 <= status < 400):

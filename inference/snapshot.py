@@ -72,6 +72,15 @@ class SnapshotEngine:
         self._warm()
         return False
 
+    def healthy(self) -> bool:
+        """Whether a picture can still be drawn: after some errors a GPU does nothing any more."""
+        try:
+            self.engine.warm_up(*HEALTH_CHECK)
+        except Exception:
+            logger.exception("the engine is broken")
+            return False
+        return True
+
     def _load(self, device: str) -> None:
         self.engine = Engine.load(
             self._spec,

@@ -22,6 +22,7 @@ from typing import Any
 import modal
 
 from gateway.addresses import Network
+from gateway.auth import Keys
 from gateway.decoder import Decoder
 from gateway.fetch import Fetcher
 from gateway.jobs import Job, Outcome, disconnected, request_digest
@@ -31,7 +32,7 @@ from gateway.platform import Platform, View
 from gateway.platforms.modal_files import VolumeFiles
 from gateway.platforms.modal_ledger import Ledger
 from gateway.platforms.modal_records import Finished, Loaded, Logs, ModalRecords
-from gateway.schedules import Ran, Schedule, run
+from gateway.schedules import Ran, Schedule, check_keys, run
 from gateway.settings import Settings
 from gateway.signing import SecretSigner
 from gateway.tokens import Tokens
@@ -50,18 +51,26 @@ WATCH_SECONDS = (0.1, 2.0)
 YIELD_SECONDS = 1.0
 """How often a request of low priority looks whether others wait for a GPU."""
 
+CLAIM_SECONDS = 0.2
+"""How often the earlier of two requests with one Idempotency-Key is looked for."""
+
 BACKLOG_SECONDS = 1.0
 """For how long the length of the queue is believed."""
 
-LOST = (
-    modal.exception.RemoteError,
-    modal.exception.InternalFailure,
-    modal.exception.ExecutionError,
-    modal.exception.OutputExpiredError,
-    modal.exception.DeserializationError,
-    modal.exception.InputCancellation,
+UNREACHED = (
+    modal.exception.ConnectionError,
+    modal.exception.ServiceError,
+    modal.exception.InternalError,
+    modal.exception.ResourceExhaustedError,
+    modal.exception.ClientClosed,
+    modal.exception.AuthError,
 )
-"""What Modal answers about a call that has ended badly. Errors of the connection are not among them."""
+"""Modal's servers could not be asked. Whatever else a look at a call raises is what the call raised, or
+that it is gone; jobs raise nothing of these, see JobFailed."""
+
+
+class JobFailed(Exception):
+    """What a job's function raises whatever went wrong, so that nobody takes it for a failure to ask."""
 
 
 class EngineFailure(Exception):
@@ -130,9 +139,10 @@ class ModalPlatform(Platform):
         if limit is not None and ahead >= limit:
             raise QueueFull(limit)
         if job.terms.idempotency_key is not None:
-            earlier = await self._earlier(job, body)
-            if earlier is not None:
-                return earlier
+            digest = request_digest(job, body)
+            holder = await self._records.claim_key(job, digest, self._never_accepted)
+            if holder != job.request_id and (earlier := await self._kept(holder)):
+                return earlier.job
         await self._records.insert(job, ahead)
         await self._ledger.open(job)
         try:
@@ -144,21 +154,13 @@ class ModalPlatform(Platform):
         await self._records.set_call(job.request_id, call.object_id)
         return job
 
-    async def _earlier(self, job: Job, body: bytes) -> Job | None:
-        """The job that holds this one's Idempotency-Key, if it was ever accepted; else this one does.
-
-        Raises InputError if that was another request.
-        """
-        holder = await self._records.claim_key(job, request_digest(job, body))
-        if holder == job.request_id:
-            return None
-        for _ in range(20):  # it may be on its way to being accepted
-            loaded = await self._records.load(holder)
-            if loaded is not None and await self._records.call_id(holder):
-                return loaded.job
-            await asyncio.sleep(0.1)
-        await self._records.take_key(job, request_digest(job, body))
-        return None
+    async def _never_accepted(self, request_id: str) -> bool:
+        """Whether a request that is claimed to be on its way never arrives; waits until that is clear."""
+        for _ in range(int(LOST_SECONDS / CLAIM_SECONDS)):
+            if await self._records.call_id(request_id) is not None:
+                return await self._kept(request_id) is None
+            await asyncio.sleep(CLAIM_SECONDS)
+        return True
 
     async def _backlog(self) -> int:
         """How many inputs wait for a CPU or a GPU; a second old at most."""
@@ -193,9 +195,10 @@ class ModalPlatform(Platform):
     async def _kept(self, request_id: str) -> Loaded | None:
         """What is known of a request, until its time is over."""
         loaded = await self._records.load(request_id)
-        if loaded is None or loaded.job.forgettable(time.time(), self._settings.retention):
+        if loaded is None:
             return None
-        return loaded
+        end = loaded.job.forget_at(self._settings.retention)
+        return loaded if end is None or time.time() < end else None
 
     async def watch(self, request_id: str) -> AsyncIterator[View]:
         pause, longest = WATCH_SECONDS
@@ -234,7 +237,9 @@ class ModalPlatform(Platform):
             return outcome
         except TimeoutError:  # the builtin: still running
             return None
-        except (modal.exception.FunctionTimeoutError, *LOST) as error:
+        except UNREACHED:
+            raise
+        except (Exception, modal.exception.InputCancellation) as error:
             logger.warning("request %s was lost: %r", request_id, error)
             await self._end(request_id, lost(error))
         return await self._records.outcome(request_id)
@@ -247,10 +252,8 @@ class ModalPlatform(Platform):
         ended = Finished(Outcome.of_error(error), time.time(), [log_entry(str(error))])
         if not await self._records.finish(request_id, ended):
             return False
-        for call_id in (
-            await self._records.call_id(request_id),
-            await self._records.engine_id(request_id),
-        ):
+        engine_call = await self._records.engine_call(request_id)
+        for call_id in (await self._records.call_id(request_id), engine_call and engine_call[0]):
             if call_id is not None:
                 await modal.FunctionCall.from_id(call_id).cancel.aio()
         await self._ledger.announce(request_id, self._functions.webhook)
@@ -273,18 +276,33 @@ def _too_many() -> ServiceError:
 
 
 async def run_job(job: Job, body: bytes, parts: Parts, settings: Settings) -> Outcome:
-    """The body of the CPU function: perform a job, record its end, return it as data."""
-    records = parts.records
+    """The body of the CPU function: perform a job, record its end, return it as data.
+
+    Raises JobFailed where Modal is to repeat it.
+    """
+    try:
+        return await _run_job(job, body, parts, settings)
+    except Exception as error:
+        logger.exception("request %s is to be performed again", job.request_id)
+        raise JobFailed(repr(error)) from None
+
+
+async def _run_job(job: Job, body: bytes, parts: Parts, settings: Settings) -> Outcome:
+    records, engine = parts.records, parts.functions.engine
+    if call_id := modal.current_function_call_id():
+        await records.set_call(job.request_id, call_id)  # whoever spawned it may be gone
     outcome = await records.outcome(job.request_id)
     if outcome is None:  # else cancelled before it started, or delivered a second time
         logs: Logs = []
         services = Services(
-            functools.partial(_generate, job, records, parts.functions.engine),
+            functools.partial(_generate, job, records, engine),
             parts.files,
             _fetcher(settings.fetch_allow),
             _decoder(),
             settings.acceleration_default,
             settings.retention,
+            resume=functools.partial(_resume, job, records),
+            transient=(modal.exception.Error,),
         )
         outcome = await perform(
             job, body, services, lambda progress: None, lambda text: logs.append(log_entry(text))
@@ -301,19 +319,23 @@ async def deliver(request_id: str, parts: Parts, settings: Settings) -> str:
     """The body of the webhook function: one attempt, whose answer is returned or, if Modal is to
     repeat it, raised."""
     signer = SecretSigner.parse(settings.webhook_key.get_secret_value())
-    assert signer is not None, "accepted only where there is a key"
-    webhooks = Webhooks(signer, settings.fetch_allow)
+    webhooks = Webhooks(signer, settings.fetch_allow) if signer else None
     try:
         return await parts.ledger.deliver(request_id, parts.records, webhooks)
     finally:
-        await webhooks.close()
+        if webhooks is not None:
+            await webhooks.close()
 
 
 async def run_schedule(
     schedule: Schedule, parts: Parts, settings: Settings, origin: str
 ) -> list[Ran]:
-    """The body of a schedule's cron: the run that was due last. Repeated, it makes nothing twice."""
+    """The body of a schedule's cron: the run that was due last when it was first called. Repeated, it
+    makes nothing twice."""
     at = schedule.due(datetime.now(UTC))
+    if call_id := modal.current_function_call_id():
+        at = await parts.records.due(call_id, at)
+    check_keys([schedule], Keys.parse(settings.keys.get_secret_value()))
     platform = ModalPlatform(parts, settings)
     return await run(platform, schedule, at, origin, VolumeFiles(parts.scheduled).save)
 
@@ -325,22 +347,35 @@ async def _generate(
     task: Task,
     on_progress: Callable[[Progress], None],
 ) -> Result:
-    """Call the GPU class, or go on waiting for the call that an earlier delivery of the job made.
+    """Call the GPU class and wait. It reports progress to the records, not here."""
+    while job.terms.low_priority and (await engine.get_current_stats.aio()).backlog:
+        await asyncio.sleep(YIELD_SECONDS)
+    while True:
+        try:
+            call = await engine.spawn.aio(job, task)
+            break
+        except modal.exception.ResourceExhaustedError:
+            await asyncio.sleep(YIELD_SECONDS)  # this job is accepted: it waits
+    call_id = await records.claim_engine(job.request_id, call.object_id, task)
+    if call_id != call.object_id:
+        await call.cancel.aio()
+    return await _result(call_id)
 
-    The engine reports progress to the records, not here. Cancelling is the canceller's business: a
-    preempted job must not take its GPU call with it.
-    """
-    call_id = await records.engine_id(job.request_id)
-    if call_id is None:
-        while job.terms.low_priority and (await engine.get_current_stats.aio()).backlog:
-            await asyncio.sleep(YIELD_SECONDS)
-        call = await engine.spawn.aio(job, task)
-        call_id = await records.claim_engine(job.request_id, call.object_id)
-        if call_id != call.object_id:
-            await call.cancel.aio()
+
+async def _resume(job: Job, records: ModalRecords) -> tuple[Task, Result] | None:
+    """The GPU's part of a job whose CPU function was preempted: its call goes on without it."""
+    found = await records.engine_call(job.request_id)
+    return None if found is None else (found[1], await _result(found[0]))
+
+
+async def _result(call_id: str) -> Result:
+    """What a call of the GPU class answers. Cancelling this leaves the call alone: whoever cancels a
+    request cancels both, and a preempted job must not take its GPU call with it."""
     try:
         result: Result | Failure = await modal.FunctionCall.from_id(call_id).get.aio()
-    except (modal.exception.FunctionTimeoutError, *LOST) as error:
+    except UNREACHED:
+        raise
+    except (Exception, modal.exception.InputCancellation) as error:
         raise lost(error) from error
     if isinstance(result, Result):
         return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import io
 import tempfile
 import time
@@ -10,8 +11,9 @@ from collections.abc import AsyncIterator
 from typing import BinaryIO
 
 import modal
+from modal.types import FileEntry, FileEntryType
 
-from gateway.files import PART_SECONDS, Files, TooLarge, expired, new_name
+from gateway.files import NAME, PART_SECONDS, Files, TooLarge, expired, new_name
 
 
 class VolumeFiles(Files):
@@ -46,9 +48,16 @@ class VolumeFiles(Files):
     async def write_part(
         self, name: str, number: int, chunks: AsyncIterator[bytes], limit: int
     ) -> int:
-        return await self.write(f"parts/{name}.{number}", chunks, limit)
+        path = f"parts/{name}.{number}"
+        others = [
+            entry async for entry in self._entries() if entry.path.startswith(f"parts/{name}.")
+        ]
+        limit -= sum(entry.size for entry in others if entry.path != path)
+        return await self.write(path, chunks, limit)
 
     async def join(self, name: str, numbers: list[int], limit: int) -> None:
+        if await self.stream(name) is not None:  # completed before; the answer was lost
+            return
         parts = [f"parts/{name}.{number}" for number in numbers]
         with tempfile.TemporaryFile() as file:
             for part in parts:
@@ -56,6 +65,12 @@ class VolumeFiles(Files):
             await self._upload(file, name)
         for part in parts:
             await self._volume.remove_file.aio(part)
+
+    async def _entries(self) -> AsyncIterator[FileEntry]:
+        """All files, with paths that begin like names."""
+        for entry in await self._volume.listdir.aio("/", recursive=True):
+            if entry.type == FileEntryType.FILE:
+                yield dataclasses.replace(entry, path=entry.path.strip("/"))
 
     async def _upload(self, file: BinaryIO, name: str) -> None:
         file.seek(0)
@@ -67,11 +82,11 @@ class VolumeFiles(Files):
         now = time.time()
         due = [
             entry.path
-            for entry in await self._volume.listdir.aio("/", recursive=True)
+            async for entry in self._entries()
             if (
                 entry.mtime < now - PART_SECONDS
                 if entry.path.startswith("parts/")
-                else "." in entry.path and expired(entry.path, now)
+                else NAME.fullmatch(entry.path) and expired(entry.path, now)
             )
         ]
         for path in due:

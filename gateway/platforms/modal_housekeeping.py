@@ -1,7 +1,8 @@
-"""What a cron does every ten minutes: finds lost requests, repeats webhooks, counts usage, forgets.
+"""What a cron does every ten minutes: repeats webhooks, finds lost requests, counts usage, forgets.
 
 Each step is finished before the next begins, and none is missed if one is cut short: whatever a run
-leaves behind, the next one finds in the ledger.
+leaves behind, the next one finds in the ledger. A request that makes trouble is left for the next round
+and stops nobody else's.
 """
 
 from __future__ import annotations
@@ -9,76 +10,87 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from typing import Any
-
-import modal
+from collections.abc import Awaitable, Callable, Iterable
+from typing import TypeVar
 
 from gateway.jobs import Job
 from gateway.platforms.modal import ModalPlatform, Parts
-from gateway.platforms.modal_ledger import GRACE_SECONDS, Entry, Ledger, Pending
+from gateway.platforms.modal_ledger import GRACE_SECONDS, Entry, Pending
 from gateway.platforms.modal_usage import Usage, row
 from gateway.settings import Settings
 
 logger = logging.getLogger(__name__)
 
 AT_ONCE = 32
-"""Requests looked at at a time."""
+"""Requests seen to at a time."""
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 async def keep_house(parts: Parts, settings: Settings) -> dict[str, int]:
-    """One round; returns how many requests were counted and forgotten, webhooks sent again, files
-    deleted."""
+    """One round; returns what was done, and how many requests made trouble."""
     platform, records, ledger = ModalPlatform(parts, settings), parts.records, parts.ledger
     entries, pending = await ledger.everything()
-    places = asyncio.Semaphore(AT_ONCE)
+    troubled = 0
 
-    async def look(entry: Entry) -> tuple[Entry, Job | None]:
-        async with places:
-            await platform.view(entry.request_id)  # which notices what was lost or is overdue
-            loaded = await records.load(entry.request_id)
-            return entry, loaded.job if loaded else None
+    async def each(work: Callable[[T], Awaitable[R]], items: Iterable[T]) -> list[R]:
+        """Do all, a few at a time; what fails is logged and left out."""
+        nonlocal troubled
+        places = asyncio.Semaphore(AT_ONCE)
 
-    seen = await asyncio.gather(*(look(entry) for entry in entries))
-    ended = {job.request_id for _, job in seen if job is not None and job.status == "COMPLETED"}
-    again = await _send_again(pending, ended, ledger, parts.functions.webhook)
+        async def one(item: T) -> R:
+            async with places:
+                return await work(item)
 
-    fresh = [job for entry, job in seen if job and job.request_id in ended and not entry.counted]
+        results = await asyncio.gather(*map(one, items), return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                troubled += 1
+                logger.error("left for the next round", exc_info=result)
+        return [result for result in results if not isinstance(result, BaseException)]
+
+    async def look(entry: Entry) -> Job | None:
+        """A request that has ended by now, and is not counted yet."""
+        await platform.view(entry.request_id)  # which notices what was lost or is overdue
+        loaded = await records.load(entry.request_id)
+        if loaded is None:  # Modal's own seven days are over
+            await ledger.forget(entry.request_id)
+            return None
+        return loaded.job if loaded.job.status == "COMPLETED" else None
+
+    async def send_again(pending: Pending) -> bool:
+        """A webhook that is overdue, or whose request ended without anybody saying so."""
+        request_id, now = pending.delivery.request_id, time.time()
+        if pending.due is not None and pending.due + GRACE_SECONDS <= now:
+            await parts.functions.webhook.spawn.aio(request_id)
+        elif pending.due is None and await records.finished(request_id):
+            await ledger.announce(request_id, parts.functions.webhook)
+        else:
+            return False
+        return True
+
+    async def forget(entry: Entry) -> bool:
+        loaded = await records.load(entry.request_id)
+        if loaded is not None:
+            await records.delete(loaded.job)
+        await ledger.forget(entry.request_id)
+        return True
+
+    looked = await each(look, [entry for entry in entries if entry.forget is None])
+    again = await each(send_again, pending)
+    fresh = [job for job in looked if job is not None]
     if fresh:
         await Usage(parts.usage).add([row(job) for job in fresh])
-        for job in fresh:
-            await ledger.counted(job.request_id)
+    for job in fresh:
+        await ledger.counted(job.request_id, job.forget_at(settings.retention) or time.time())
 
-    now, waiting = time.time(), {each.delivery.request_id for each in pending}
-    forgotten = 0
-    for entry, found in seen:
-        if found is None:  # Modal's own seven days are over
-            await ledger.forget(entry.request_id)
-        elif found.forgettable(now, settings.retention) and entry.request_id not in waiting:
-            await records.delete(found)
-            await ledger.forget(entry.request_id)
-            forgotten += 1
+    now, waiting = time.time(), {one.delivery.request_id for one in pending}
+    due = [e for e in entries if e.forget and e.forget <= now and e.request_id not in waiting]
     return {
         "requests counted": len(fresh),
-        "requests forgotten": forgotten,
-        "webhooks sent again": again,
+        "requests forgotten": len(await each(forget, due)),
+        "webhooks sent again": sum(again),
         "files deleted": await parts.files.sweep(),
+        "troubled": troubled,
     }
-
-
-async def _send_again(pending: list[Pending], ended: set[str], ledger: Ledger, webhook: Any) -> int:
-    """Webhooks that are due, and those whose request ended without anybody saying so."""
-    again, now = 0, time.time()
-    for each in pending:
-        request_id = each.delivery.request_id
-        try:
-            if each.due is not None and each.due + GRACE_SECONDS <= now:
-                await webhook.spawn.aio(request_id)
-            elif each.due is None and request_id in ended:
-                await ledger.announce(request_id, webhook)
-            else:
-                continue
-        except modal.exception.ResourceExhaustedError:
-            logger.warning("too much is queued; %d webhooks wait for the next round", len(pending))
-            break
-        again += 1
-    return again

@@ -18,7 +18,7 @@ import modal
 
 from gateway.jobs import Job
 from gateway.platforms.modal_records import ModalRecords
-from gateway.webhooks import Delivery, Webhooks
+from gateway.webhooks import Delivery, Webhooks, judged
 
 logger = logging.getLogger(__name__)
 
@@ -30,15 +30,15 @@ GRACE_SECONDS = 90.0
 """How long after its time a delivery is left to Modal before the cron takes it on."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True)  # no slots: pickled by name
 class Entry:
-    """counted: the request's usage is in a Parquet file."""
+    """forget: when the request's time is over; None until its usage is in a Parquet file."""
 
     request_id: str
-    counted: bool = False
+    forget: float | None = None
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True)
 class Pending:
     """due: when the next attempt is; None while the request has not ended."""
 
@@ -65,8 +65,8 @@ class Ledger:
         await self._entries.pop.aio(request_id, None)
         await self._entries.pop.aio(_webhook(request_id), None)
 
-    async def counted(self, request_id: str) -> None:
-        await self._entries.put.aio(request_id, Entry(request_id, counted=True))
+    async def counted(self, request_id: str, forget: float) -> None:
+        await self._entries.put.aio(request_id, Entry(request_id, forget))
 
     async def announce(self, request_id: str, webhook: Any) -> None:
         """The request has ended: have its webhook, if it has one, delivered. Once is enough, twice
@@ -80,13 +80,19 @@ class Ledger:
         except modal.exception.ResourceExhaustedError:
             logger.warning("webhook of %s has to wait: too much is queued", request_id)
 
-    async def deliver(self, request_id: str, records: ModalRecords, webhooks: Webhooks) -> str:
-        """One attempt; returns what came of it. Raises Undelivered where Modal is to repeat it."""
+    async def deliver(
+        self, request_id: str, records: ModalRecords, webhooks: Webhooks | None
+    ) -> str:
+        """One attempt; returns what came of it. Raises Undelivered where Modal is to repeat it.
+        Without `webhooks`, because there is no key any more, the attempt has failed."""
         pending = await self._pending(request_id)
         if pending is None:
             return "done before"
         delivery = pending.delivery
-        attempt = await webhooks.deliver(delivery, lambda: records.outcome(request_id))
+        if webhooks is None:
+            attempt = judged("ZIMAGE_WEBHOOK_KEY is not set", None, delivery.attempts + 1)
+        else:
+            attempt = await webhooks.deliver(delivery, lambda: records.outcome(request_id))
         if attempt.again is None:
             await self._entries.pop.aio(_webhook(request_id), None)
             return attempt.answer

@@ -2,25 +2,31 @@
 
     (id, "job")       the job as accepted, and how many requests were ahead of it
     (id, "call")      Modal's id of the function call that performs it
-    (id, "engine")    Modal's id of its call of the GPU class: the first writer wins
+    (id, "engine")    Modal's id of the call of the GPU class that counts, and its task without the
+                      picture: the first writer wins
     (id, "started")   time of the latest start on a GPU, and the number of starts
     (id, "progress")  the latest step, and the log of all steps
     (id, "outcome")   outcome without body, and logs: the first writer wins
     (id, "body-…")    the outcome's body, written before it under a name of its own
+    (key id, "idempotency", key, n)  who holds an Idempotency-Key; n counts holders that were lost
+    ("run", call id)  when a schedule's run was due
     ("restores", …)   how many GPU containers started from their snapshot, how many could not
 
-Entries live until housekeeping deletes them, or seven days from their last use. Imports nothing of
-the gateway's but plain data, so that the GPU container needs none of its libraries.
+Entries live until housekeeping deletes them, or seven days from their last use. Their classes have no
+slots, so that they are pickled by name and a later version can read them. Imports nothing of the
+gateway's but plain data, so that the GPU container needs none of its libraries.
 """
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import logging
 import time
 import uuid
 from collections.abc import Awaitable, Callable
+from datetime import datetime
 from typing import Any
 
 import modal
@@ -36,7 +42,7 @@ Logs = list[dict[str, object]]
 _FACTS = ("job", "call", "engine", "started", "progress", "outcome")
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True)
 class Finished:
     """The end of a job, as recorded; `outcome.body` has an entry of its own."""
 
@@ -62,22 +68,26 @@ class ModalRecords:
     async def insert(self, job: Job, ahead: int = 0) -> None:
         await self._put(job.request_id, "job", (job, ahead))
 
-    async def claim_key(self, job: Job, digest: str) -> str:
+    async def claim_key(self, job: Job, digest: str, lost: Callable[[str], Awaitable[bool]]) -> str:
         """The request id that holds the job's Idempotency-Key: its own, or an earlier one's.
 
-        Raises InputError if that was another request.
+        A holder that `lost` says was never accepted is passed over for good, by all alike. Raises
+        InputError if the holder was another request.
         """
-        entry = _key_entry(job)
-        if await self._entries.put.aio(entry, (job.request_id, digest), skip_if_exists=True):
-            return job.request_id
-        request_id, earlier = await self._entries.get.aio(entry)
-        if earlier != digest:
-            raise key_reused()
-        return str(request_id)
-
-    async def take_key(self, job: Job, digest: str) -> None:
-        """Hold the job's Idempotency-Key instead of whoever did."""
-        await self._entries.put.aio(_key_entry(job), (job.request_id, digest))
+        for n in itertools.count():
+            mine = (job.request_id, digest)
+            if await self._entries.put.aio(_key_entry(job, n), mine, skip_if_exists=True):
+                return job.request_id
+            holder = await self._entries.get.aio(_key_entry(job, n))
+            if holder is None:  # forgotten this moment
+                continue
+            request_id, earlier = holder
+            if request_id != job.request_id and await lost(request_id):
+                continue
+            if earlier != digest:
+                raise key_reused()
+            return str(request_id)
+        raise AssertionError
 
     async def delete(self, job: Job) -> None:
         """Forget a job, and its hold on its Idempotency-Key."""
@@ -85,26 +95,38 @@ class ModalRecords:
         names = (*_FACTS, finished.body_name) if finished else _FACTS
         await asyncio.gather(*(self._pop((job.request_id, name)) for name in names))
         if job.terms.idempotency_key is not None:
-            holder = await self._entries.get.aio(_key_entry(job))
-            if holder is not None and holder[0] == job.request_id:
-                await self._pop(_key_entry(job))
+            for n in itertools.count():
+                holder = await self._entries.get.aio(_key_entry(job, n))
+                if holder is None or holder[0] == job.request_id:
+                    await self._pop(_key_entry(job, n))
+                    break
 
     async def set_call(self, request_id: str, call_id: str) -> None:
         await self._put(request_id, "call", call_id)
 
-    async def claim_engine(self, request_id: str, call_id: str) -> str:
+    async def claim_engine(self, request_id: str, call_id: str, task: Task) -> str:
         """The one call of the GPU class that counts: this one, or an earlier one's id."""
         entry = (request_id, "engine")
-        if await self._entries.put.aio(entry, call_id, skip_if_exists=True):
+        mine = (call_id, dataclasses.replace(task, image=None))
+        if await self._entries.put.aio(entry, mine, skip_if_exists=True):
             return call_id
-        return str(await self._entries.get.aio(entry))
+        return str((await self._entries.get.aio(entry))[0])
+
+    async def engine_call(self, request_id: str) -> tuple[str, Task] | None:
+        """The call of the GPU class that counts, and what it was asked, without the picture."""
+        found: tuple[str, Task] | None = await self._get(request_id, "engine")
+        return found
+
+    async def due(self, call_id: str, at: datetime) -> datetime:
+        """When a schedule's run was due: as its first attempt saw it."""
+        entry = ("run", call_id)
+        if await self._entries.put.aio(entry, at, skip_if_exists=True):
+            return at
+        first: datetime = await self._entries.get.aio(entry)
+        return first
 
     async def call_id(self, request_id: str) -> str | None:
         value: str | None = await self._get(request_id, "call")
-        return value
-
-    async def engine_id(self, request_id: str) -> str | None:
-        value: str | None = await self._get(request_id, "engine")
         return value
 
     async def start(self, request_id: str, now: float) -> int:
@@ -129,6 +151,9 @@ class ModalRecords:
         entry = dataclasses.replace(finished, outcome=bare, body_name=name)
         if await self._entries.put.aio((request_id, "outcome"), entry, skip_if_exists=True):
             return True
+        recorded = await self.finished(request_id)
+        if recorded is not None and recorded.body_name == name:
+            return True  # written before, and the answer to that was lost on its way
         await self._pop((request_id, name))
         return False
 
@@ -196,8 +221,8 @@ class ModalRecords:
         await self._entries.pop.aio(entry, None)
 
 
-def _key_entry(job: Job) -> tuple[str, str, str | None]:
-    return (job.key_id, "idempotency", job.terms.idempotency_key)
+def _key_entry(job: Job, n: int) -> tuple[str, str, str | None, int]:
+    return (job.key_id, "idempotency", job.terms.idempotency_key, n)
 
 
 class ProgressReporter:
@@ -235,20 +260,30 @@ class ProgressReporter:
             await self._writing
 
 
+class EngineBroken(Exception):
+    """The GPU does not work any more: tells Modal to run the task in another container."""
+
+
 async def generate(
     job: Job,
     task: Task,
+    call_id: str,
     records: ModalRecords,
     engine: Callable[[Task, Callable[[Progress], None]], Awaitable[Result]],
+    healthy: Callable[[], Awaitable[bool]],
 ) -> Result | Failure:
-    """What the GPU class does with a job. Answers errors as data: its caller has no torch.
+    """What the GPU class does with a job in the call `call_id`. Answers errors as data: its caller has
+    no torch.
 
-    A job that ended meanwhile, or came too late, costs no GPU time; one that has taken its container
-    down as often as it may is not tried again.
+    A job that ended meanwhile, has another call, or came too late, costs no GPU time; one that has
+    taken its container down as often as it may is not tried again. After an error the engine is
+    asked whether it is `healthy`; raises EngineBroken if it is not.
     """
     now = time.time()
     if await records.finished(job.request_id):
         return Failure("the job has ended", "ended")
+    if await records.claim_engine(job.request_id, call_id, task) != call_id:
+        return Failure("the job has another call", "ended")
     attempt = await records.start(job.request_id, now)
     if attempt == 1 and job.overdue(now):
         return Failure("the caller does not wait any longer", "late")
@@ -260,4 +295,7 @@ async def generate(
         await report.close()
         return result
     except Exception as error:
-        return Failure(f"{type(error).__name__}: {error}")
+        logger.exception("request %s failed", job.request_id)
+        if await healthy():
+            return Failure(f"{type(error).__name__}: {error}")
+        raise EngineBroken(repr(error)) from None

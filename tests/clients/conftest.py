@@ -62,7 +62,7 @@ def local_tls(
         yield server
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")  # its containers end with these tests
 def modal_deployment(
     tmp_path_factory: pytest.TempPathFactory, authority: trustme.CA, ca: Path
 ) -> Iterator[Deployed]:

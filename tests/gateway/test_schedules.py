@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
@@ -10,15 +11,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
+from gateway.auth import Keys
+from gateway.jobs import Job
 from gateway.platforms.local import LocalPlatform
-from gateway.schedules import Ran, Schedule, ScheduleError, keep, load, run, saving_below
+from gateway.schedules import (
+    Ran,
+    Schedule,
+    ScheduleError,
+    check_keys,
+    keep,
+    load,
+    run,
+    saving_below,
+)
 from gateway.settings import Settings
 from inference.aio import AsyncEngine
 from inference.engine import Engine
 from local_app import app
-from tests.conftest import ROOT, Counting, opened
+from schemas.errors import QueueFull
+from tests.conftest import ROOT, Counting, encoded, opened
 
 AT = datetime(2026, 3, 5, 7, 0, tzinfo=UTC)
 SMALL = {"image_size": {"width": 64, "height": 48}, "num_inference_steps": 1}
@@ -58,6 +72,42 @@ def test_a_run_belongs_to_the_minute_it_was_due() -> None:
     assert schedule.due(AT - timedelta(seconds=1)) == AT - timedelta(days=1)
 
 
+def test_an_hour_that_comes_twice_has_two_runs() -> None:
+    """Paris, 25 October 2026: 3:00 becomes 2:00 again at 01:00 UTC."""
+    hourly = Schedule(**{**ENTRY, "cron": "0 * * * *", "timezone": "Europe/Paris"})
+    times = [datetime(2026, 10, 25, hour, 0, 5, tzinfo=UTC) for hour in range(4)]
+    due = [hourly.due(now) for now in times]
+    assert [at.astimezone(UTC).hour for at in due] == [0, 1, 2, 3]
+    assert len({at.isoformat() for at in due}) == 4
+    assert len({f"{at:%Y-%m-%dT%H%M%z}" for at in due}) == 4
+
+
+def test_too_many_requests_are_a_reason_to_wait(
+    tmp_path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.schedules.PAUSES", (0.01, 0.01))
+    refusals = iter([QueueFull(1), QueueFull(1)])
+    submit = LocalPlatform.submit
+
+    async def sometimes(self: LocalPlatform, job: Job, body: bytes) -> Job:
+        for refusal in refusals:
+            raise refusal
+        return await submit(self, job, body)
+
+    monkeypatch.setattr(LocalPlatform, "submit", sometimes)
+    schedule, save = Schedule(**ENTRY), saving_below(tmp_path)
+    ran, _ = on_a_platform(tmp_path, engine, lambda p: run(p, schedule, AT, "http://host", save))
+    assert [each.error for each in ran] == [None] * 4
+
+
+def test_usage_is_somebodys(tmp_path: Path) -> None:
+    keys = Keys.parse("alice:a-secret-long-enough")
+    check_keys([Schedule(**{**ENTRY, "key": "alice"})], keys)
+    check_keys([Schedule(**ENTRY)], None)
+    with pytest.raises(ScheduleError, match="'cards': key: there is no key 'anonymous'"):
+        check_keys([Schedule(**ENTRY)], keys)
+
+
 def test_the_example_is_one(tmp_path: Path) -> None:
     assert [each.name for each in load(ROOT / "examples" / "schedules.toml")] == [
         "morning",
@@ -81,6 +131,7 @@ ARGUMENTS = '[schedule.arguments]\nprompt="x"\n'
         (MINIMAL.replace('"a"', '"A b"') + ARGUMENTS, "name string should match"),
         (MINIMAL + 'timezone="Mars"\n' + ARGUMENTS, "timezone is no time zone"),
         (MINIMAL + 'output="../x"\n' + ARGUMENTS, "output must be a relative path"),
+        (MINIMAL + 'output=""\n' + ARGUMENTS, "output must be a relative path"),
         (MINIMAL + 'webhook="x"\n' + ARGUMENTS, "webhook not a plain http"),
         (MINIMAL + 'kron="x"\n' + ARGUMENTS, "kron extra inputs"),
         (MINIMAL + ARGUMENTS + "num_images=[1, 9]", "arguments: num_images: Input should be less"),
@@ -123,22 +174,27 @@ def test_a_run_is_made_once_however_often_it_is_started(tmp_path: Path, engine: 
     (first, second, tomorrow), counting = on_a_platform(tmp_path / "home", engine, twice)
     assert first == second != tomorrow
     assert len(counting.tasks) == 8
-    assert [each.pictures for each in first][1] == ["cards/2026-03-05/2026-03-05T0700-001-0.png"]
+    assert [each.pictures for each in first][1] == [
+        "cards/2026-03-05/2026-03-05T0700+0000-cards-001-0.png"
+    ]
     for each in (*first, *tomorrow):
         assert each.error is None
         assert opened((tmp_path / "out" / each.pictures[0]).read_bytes()).size == (64, 48)
 
 
-def test_failures_are_told_and_stop_nothing_else(tmp_path: Path, engine: Engine) -> None:
-    arguments = {"prompt": "x", "image_url": ["http://127.0.0.1/x.png", "data:image/png;base64,"]}
+def test_failures_are_told_and_stop_nothing_else(
+    tmp_path: Path, engine: Engine, photo: Image.Image
+) -> None:
+    picture = "data:image/png;base64," + base64.b64encode(encoded(photo)).decode()
+    arguments = {"prompt": "x", "image_url": ["http://127.0.0.1/x.png", picture], **SMALL}
     schedule = Schedule(
         **{**ENTRY, "endpoint": "fal-ai/z-image/turbo/image-to-image", "arguments": arguments}
     )
     ran, _ = on_a_platform(
         tmp_path, engine, lambda p: run(p, schedule, AT, "http://host", saving_below(tmp_path))
     )
-    assert [each.error is not None for each in ran] == [True, True]
-    assert "download" in ran[0].error
+    assert [each.error is not None for each in ran] == [True, False]
+    assert "download" in ran[0].error and len(ran[1].pictures) == 1
 
 
 def test_keep_runs_what_is_due(
@@ -177,7 +233,7 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = [*shared, "--home", str(tmp_path / "home"), "--at", "2026-03-05 08:00:00"]
     made = CliRunner().invoke(app, ["schedule", "run", "a", *options])
     assert made.exit_code == 0, made.output
-    assert len(list((tmp_path / "new").glob("2026-03-05T*-000-0.png"))) == 1
+    assert len(list((tmp_path / "new").glob("2026-03-05T*-a-000-0.png"))) == 1
     missing = CliRunner().invoke(app, ["schedule", "run", "b", *options])
     assert missing.exit_code == 2 and "no schedule 'b'; there is a" in missing.output
     nothing = CliRunner().invoke(app, ["schedule", "list"])

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from gateway.jobs import Outcome
 from gateway.signing import CACHED_SECONDS, PUBLISHED_SECONDS, DirectorySigner
-from gateway.webhooks import ATTEMPTS, Attempt, _judged, payload
+from gateway.webhooks import ATTEMPTS, Attempt, judged, payload
 from inference.engine import Engine
 from local_app import app
 from tests.conftest import T2I, Server, serving
@@ -148,11 +148,11 @@ def test_what_is_due_survives_a_restart_and_can_be_looked_at(
 
 
 def test_the_schedule_is_ten_attempts_in_two_hours() -> None:
-    waits = [_judged("timeout", None, made).again for made in range(1, ATTEMPTS + 1)]
+    waits = [judged("timeout", None, made).again for made in range(1, ATTEMPTS + 1)]
     assert waits[-1] is None
     assert 7000 < sum(wait for wait in waits if wait is not None) < 7300
-    assert _judged("status 204", 204, 1) == Attempt("status 204", True, None)
-    assert _judged("status 301", 301, 1) == Attempt("status 301", False, None)
+    assert judged("status 204", 204, 1) == Attempt("status 204", True, None)
+    assert judged("status 301", 301, 1) == Attempt("status 301", False, None)
 
 
 def test_payloads_are_json_whatever_the_outcome() -> None:

@@ -20,11 +20,12 @@ def deployment(home: Path, **settings: str) -> tuple[subprocess.CompletedProcess
         return deploy(home, url, **settings), plane
 
 
+SECRETS = {"ZIMAGE_KEYS": "alice:never-deployed-key", "ZIMAGE_WEBHOOK_KEY": "5ec7e70000abcdef" * 4}
+
+
 @pytest.fixture(scope="module")
 def plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plane]:
-    done, plane = deployment(
-        tmp_path_factory.mktemp("home"), ZIMAGE_KEYS="alice:never-deployed-key"
-    )
+    done, plane = deployment(tmp_path_factory.mktemp("home"), **SECRETS)
     assert done.returncode == 0, done.stdout + done.stderr
     assert plane.published
     yield plane
@@ -91,6 +92,7 @@ def test_the_gateway(plane: Plane) -> None:
     assert not gateway.webhook_config.requires_proxy_auth
     assert isinstance(gateway, api.Function)
     assert gateway.max_concurrent_inputs == 200
+    assert gateway.timeout_secs == 24 * 3600  # Modal's own 300 s would end streams
     assert len(gateway.secret_ids) == 1
     assert not gateway.resources.gpu_config.gpu_type
 
@@ -133,8 +135,9 @@ def test_versions_are_those_of_the_tests(plane: Plane) -> None:
 
 
 def test_keys_are_in_no_image(plane: Plane) -> None:
-    assert not any("never-deployed-key" in str(image) for image in plane.images.values())
-    assert not any("never-deployed-key" in str(function) for function in plane.functions.values())
+    for secret in SECRETS.values():
+        assert not any(secret in str(image) for image in plane.images.values())
+        assert not any(secret in str(function) for function in plane.functions.values())
 
 
 @pytest.mark.parametrize(

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Awaitable, Callable
 
 import modal
+import pytest
 from modal_proto import api_pb2 as api
 
-from gateway.jobs import Job, Outcome
-from gateway.platforms.modal_records import Finished, Loaded, ModalRecords, ProgressReporter
-from schemas.errors import Cancelled
-from schemas.task import Progress
+from gateway.jobs import Job, Outcome, Terms
+from gateway.platforms.modal_ledger import Entry, Pending
+from gateway.platforms.modal_records import (
+    EngineBroken,
+    Finished,
+    Loaded,
+    ModalRecords,
+    ProgressReporter,
+    generate,
+)
+from gateway.webhooks import Delivery
+from schemas.errors import Cancelled, InputError
+from schemas.task import Failure, Progress, Result, Task
 from tests.modal.control_plane import control_plane
 
 JOB = Job("r1", "fal-ai/z-image/turbo", "alice", "https://host", created=1.0)
@@ -69,6 +80,109 @@ def test_the_first_end_of_a_job_is_its_end() -> None:
             assert await records.outcome(request_id) == first.outcome
 
     with_records(scenario)
+
+
+def test_an_end_whose_acknowledgement_was_lost_keeps_its_body() -> None:
+    """The client repeats a write whose answer did not arrive; then it is told "there was one before"."""
+
+    async def scenario(records: ModalRecords) -> None:
+        await records.insert(JOB)
+        put = records._entries.put.aio
+
+        async def put_twice(key: object, value: object, skip_if_exists: bool = False) -> bool:
+            if skip_if_exists:
+                await put(key, value, skip_if_exists=True)
+            return bool(await put(key, value, skip_if_exists=skip_if_exists))
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(records._entries.put, "aio", put_twice)
+            assert await records.finish("r1", DONE)
+        assert await records.outcome("r1") == DONE.outcome
+
+    with_records(scenario)
+
+
+def test_a_key_is_held_by_one_of_many() -> None:
+    async def scenario(records: ModalRecords) -> None:
+        gone: set[str] = set()
+
+        async def lost(request_id: str) -> bool:
+            return request_id in gone
+
+        def job(name: str) -> Job:
+            return dataclasses.replace(JOB, request_id=name, terms=Terms(idempotency_key="k"))
+
+        async def claim(name: str) -> str:
+            return await records.claim_key(job(name), "digest", lost)
+
+        first = await claim("a")
+        assert first == "a" == await claim("b") == await claim("a")
+        with pytest.raises(InputError):
+            await records.claim_key(job("b"), "other", lost)
+        gone.add("a")  # it was never accepted
+        holders = await asyncio.gather(*(claim(name) for name in "cdefgh"))
+        assert len(set(holders)) == 1
+        (holder,) = set(holders)
+        await records.delete(job(holder))
+        assert await claim("z") == "z"
+
+    with_records(scenario)
+
+
+def test_the_gpu_class_spends_nothing_on_a_job_that_is_not_its() -> None:
+    task = Task("x", 64, 64, 1, 1.0, 0, 1)
+    result = Result((), 0, "x", 1, {"inference": 0.1})
+    asked: list[Task] = []
+
+    async def engine(task: Task, on_progress: Callable[[Progress], None]) -> Result:
+        asked.append(task)
+        if task.prompt == "broken":
+            raise RuntimeError("CUDA error")
+        return result
+
+    async def well() -> bool:
+        return True
+
+    async def ill() -> bool:
+        return False
+
+    async def scenario(records: ModalRecords) -> None:
+        async def run(job: Job, call_id: str, task: Task = task) -> Result | Failure:
+            return await generate(job, task, call_id, records, engine, well)
+
+        assert await run(JOB, "fc-1") == result
+        assert await run(JOB, "fc-2") == Failure("the job has another call", "ended")
+        late = dataclasses.replace(JOB, request_id="r2", terms=Terms(start_timeout=1.0))
+        assert (await run(late, "fc-3")).kind == "late"  # type: ignore[union-attr]
+        once = dataclasses.replace(JOB, request_id="r3", terms=Terms(retry=False))
+        assert await run(once, "fc-4") == result
+        assert await run(once, "fc-4") == Failure("The runner disconnected 1 times", "lost")
+        await records.finish("r4", DONE)
+        over = dataclasses.replace(JOB, request_id="r4")
+        assert (await run(over, "fc-5")).kind == "ended"  # type: ignore[union-attr]
+        assert len(asked) == 2
+
+        broken = dataclasses.replace(task, prompt="broken")
+        failing = dataclasses.replace(JOB, request_id="r5")
+        assert await run(failing, "fc-6", broken) == Failure("RuntimeError: CUDA error")
+        with pytest.raises(EngineBroken):  # so that another container gets it
+            await generate(failing, broken, "fc-6", records, engine, ill)
+
+    with_records(scenario)
+
+
+def test_what_is_written_today_can_be_read_by_a_later_version() -> None:
+    """By name, with defaults for what is missing."""
+    for value in (
+        JOB,
+        DONE,
+        DONE.outcome,
+        Terms(),
+        Entry("r1"),
+        Pending(Delivery("r", "u", "x", 0)),
+    ):
+        state = value.__reduce_ex__(4)[2]
+        assert isinstance(state, dict), type(value)
 
 
 def test_progress_is_reported_without_holding_up_the_engine() -> None:
