@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
     from gateway.jobs import Job, Outcome
-    from gateway.platforms.modal import Parts
+    from gateway.platforms.modal_parts import Parts
     from gateway.schedules import Schedule
     from schemas.task import Failure, Result, Task
 
@@ -168,7 +168,7 @@ class Turbo:
         """Whether the GPU works. A container whose GPU does not takes no more inputs."""
         works = await asyncio.to_thread(self.resident.healthy)
         if not works:
-            modal.experimental.stop_fetching_inputs()
+            await modal.experimental.stop_fetching_inputs.aio()
         return works
 
 
@@ -187,7 +187,7 @@ class Turbo:
 )
 @modal.concurrent(max_inputs=16)
 async def job(request: Job, body: bytes) -> Outcome:
-    from gateway.platforms.modal import run_job
+    from gateway.platforms.modal_jobs import run_job
 
     return await run_job(request, body, parts(), service)
 
@@ -200,14 +200,14 @@ async def job(request: Job, body: bytes) -> Outcome:
 )
 @modal.concurrent(max_inputs=100)
 async def webhook(request_id: str) -> str:
-    from gateway.platforms.modal import deliver
+    from gateway.platforms.modal_jobs import deliver
 
     return await deliver(request_id, parts(), read(Settings))
 
 
 def parts() -> Parts:
     """All of the above, as the platform calls it."""
-    from gateway.platforms.modal import Functions, Parts
+    from gateway.platforms.modal_parts import Functions, Parts
 
     functions = Functions(job, Turbo().generate, webhook)
     return Parts(functions, entries, tasks, pictures, usage, scheduled)
@@ -242,7 +242,7 @@ def gateway() -> ASGIApp:
 
 def add_schedule(schedule: Schedule) -> None:
     async def function() -> None:
-        from gateway.platforms.modal import run_schedule
+        from gateway.platforms.modal_jobs import run_schedule
 
         origin = service.public_url or str(await gateway.get_web_url.aio())
         print(await run_schedule(schedule, parts(), read(Settings), origin))

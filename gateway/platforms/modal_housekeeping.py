@@ -14,8 +14,9 @@ from collections.abc import Awaitable, Callable, Iterable
 from typing import TypeVar
 
 from gateway.jobs import Job
-from gateway.platforms.modal import ModalPlatform, Parts
+from gateway.platforms.modal import ModalPlatform
 from gateway.platforms.modal_ledger import GRACE_SECONDS, Entry, Pending
+from gateway.platforms.modal_parts import Parts
 from gateway.platforms.modal_usage import Usage, row
 from gateway.settings import Settings
 

@@ -86,6 +86,7 @@ class Cloud(Plane):
         self.queues: dict[str, deque[str]] = defaultdict(deque)
         self.containers: dict[str, Container] = {}
         self.processes: list[asyncio.subprocess.Process] = []
+        self.stopping: list[Container] = []
         self.started: list[str] = []
         self.checkpoints: list[str] = []
         self.failures: list[api.GenericResult] = []
@@ -174,7 +175,9 @@ class Cloud(Plane):
         return Empty()
 
     async def ContainerHeartbeat(self, request: Any, task_id: str) -> Any:
-        container = self.containers[task_id]
+        container = self.containers.get(task_id)
+        if container is None:
+            return api.ContainerHeartbeatResponse()
         await self._until(lambda: bool(container.cancelled), POLL_SECONDS - 0.2)
         response = api.ContainerHeartbeatResponse()
         if container.cancelled:
@@ -184,6 +187,9 @@ class Cloud(Plane):
         return response
 
     async def FunctionGetInputs(self, request: Any, task_id: str) -> Any:
+        if task_id not in self.containers:  # it asked to be stopped
+            stop = api.FunctionGetInputsItem(kill_switch=True)
+            return api.FunctionGetInputsResponse(inputs=[stop])
         container = self.containers[task_id]
         queue = self.queues[container.function]
         await self._until(lambda: bool(queue), POLL_SECONDS)
@@ -240,6 +246,12 @@ class Cloud(Plane):
     async def ContainerCheckpoint(self, request: Any, task_id: str) -> Any:
         self.checkpoints.append(self.containers[task_id].function)
         return Empty()
+
+    async def ContainerStop(self, request: Any) -> Any:
+        """A container that wants no more inputs; it goes on with what it has."""
+        self.stopping.append(self.containers.pop(request.task_id))
+        await self._notify()
+        return api.ContainerStopResponse()
 
     async def VolumeCommit(self, request: Any) -> Any:
         return api.VolumeCommitResponse()
@@ -389,6 +401,8 @@ class Cloud(Plane):
                 env=environment,
                 stdout=log,
                 stderr=log,
+                # A shell's background job ignores it, and so would what it starts; see `stop`.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
         finally:
             os.close(log)
@@ -484,13 +498,13 @@ class Cloud(Plane):
         for process in self.processes:
             with suppress(ProcessLookupError):
                 process.send_signal(signal.SIGINT)  # SIGTERM skips exit hooks
+        waiting = [asyncio.create_task(process.wait()) for process in self.processes]
+        if waiting:
+            await asyncio.wait(waiting, timeout=15)
         for process in self.processes:
-            try:
-                async with asyncio.timeout(10):
-                    await process.wait()
-            except TimeoutError:
+            with suppress(ProcessLookupError):
                 process.kill()
-                await process.wait()
+        await asyncio.gather(*waiting)
 
 
 def port_of(site: web.TCPSite) -> int:

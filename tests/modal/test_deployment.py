@@ -475,6 +475,48 @@ def test_snapshot_modes(tmp_path: Path, mode: str) -> None:
         assert deployment.cloud.checkpoints == (["Turbo.*"] if mode == "gpu" else [])
 
 
+BREAKS_ONCE = """
+import importlib.abc, importlib.util, os, sys
+
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name != "inference.snapshot":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        run = spec.loader.exec_module
+        def patched(module):
+            run(module)
+            after_restore = module.SnapshotEngine.after_restore
+            def broken_later(self):
+                served = after_restore(self)
+                if os.path.exists(FLAG):
+                    os.remove(FLAG)
+                    self.engine.transformer = None  # as after an error of the GPU
+                return served
+            module.SnapshotEngine.after_restore = broken_later
+        spec.loader.exec_module = patched
+        return spec
+
+sys.meta_path.insert(0, Finder())
+"""
+
+
+def test_a_gpu_that_breaks_is_replaced(tmp_path: Path) -> None:
+    """The first container's engine fails at every task. It is given up; another does the work."""
+    flag = tmp_path / "flag"
+    flag.touch()
+    (tmp_path / "sitecustomize.py").write_text(f"FLAG = {str(flag)!r}\n{BREAKS_ONCE}")
+    machine = {**MACHINE, "PYTHONPATH": str(tmp_path)}
+    with deployed(tmp_path / "cloud", SECRETS, SETTINGS, machine) as deployment:
+        deployment.http.headers["Authorization"] = f"Key {KEY}"
+        answer = deployment.http.post(T2I, json=SMALL)
+        assert answer.status_code == 200, deployment.cloud.log()
+        assert deployment.cloud.started.count("Turbo.*") == 2 and not flag.exists()
+        assert [each.function for each in deployment.cloud.stopping] == ["Turbo.*"]
+        assert any("EngineBroken" in each.exception for each in deployment.cloud.failures)
+
+
 def test_missing_keys_stop_the_gateway_with_a_sentence(tmp_path: Path) -> None:
     with deployed(tmp_path, {"zimage-keys": {"ZIMAGE_KEYS": ""}}, SETTINGS, MACHINE) as deployment:
         assert deployment.http.get("/health").status_code == 500
