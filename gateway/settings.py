@@ -94,6 +94,9 @@ class Deployment(BaseSettings):
     snapshot: Literal["gpu", "cpu", "off"] = Field(
         "cpu", description="Container snapshot: gpu (alpha at Modal), cpu or off."
     )
+    snapshot_key: str = Field(
+        "", description="Any text; another one has a new snapshot taken at the next deploy."
+    )
     min_containers: int = Field(0, ge=0, description="GPU containers kept although idle.")
     buffer_containers: int = Field(0, ge=0, description="Spare GPU containers while any is busy.")
     max_containers: int = Field(10, ge=1, description="GPU containers at most.")

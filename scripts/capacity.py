@@ -278,9 +278,10 @@ def main() -> int:
             f"{1000 * outcome.per_picture:6.2f} {mark}"
         )
     if given.json:
-        rows = [{**asdict(scaling), **asdict(outcome)} for scaling, outcome in tried]
+        lines = [json.dumps({**asdict(scaling), **asdict(outcome)}) for scaling, outcome in tried]
+        rows = ",\n  ".join(lines)
         given.json.write_text(
-            json.dumps({"machine": asdict(machine), "tried": rows}, indent=1) + "\n"
+            f'{{"machine": {json.dumps(asdict(machine))},\n "tried": [{rows}]}}\n'
         )
     if given.plot:
         plot(tried, given.p95, given.plot)

@@ -150,6 +150,7 @@ def test_snapshot_modes_and_settings(
     done, plane = deployment(
         tmp_path,
         ZIMAGE_SNAPSHOT=mode,
+        ZIMAGE_SNAPSHOT_KEY="second",
         ZIMAGE_GPU="L40S, A10",
         ZIMAGE_MIN_CONTAINERS="1",
         ZIMAGE_BUFFER_CONTAINERS="2",
@@ -160,6 +161,8 @@ def test_snapshot_modes_and_settings(
     assert done.returncode == 0, done.stdout + done.stderr
     ranked = gpu_class(plane)
     assert [f.resources.gpu_config.gpu_type for f in ranked] == ["L40S", "A10"]
+    # Modal takes a snapshot of an image; another one, another snapshot.
+    assert "ZIMAGE_SNAPSHOT_KEY=second" in image_of(plane, ranked[0])
     for function in ranked:
         assert function.checkpointing_enabled is snapshot
         assert ("enable_gpu_snapshot" in function.experimental_options) is gpu_snapshot
