@@ -243,10 +243,9 @@ class StageClock:
 
 
 def default_dtype(device: str) -> torch.dtype:
-    """bfloat16 where the hardware multiplies it fast (GPUs, CPUs with AMX), else float32.
+    """bfloat16 where the hardware multiplies it fast (GPUs, CPUs with AMX or AVX512-BF16), else float32.
 
     Never float16: Z-Image overflows in it.
     """
-    if device.startswith("cuda") or torch.cpu._is_amx_tile_supported():
-        return torch.bfloat16
-    return torch.float32
+    fast_cpu = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if device.startswith("cuda") or fast_cpu else torch.float32

@@ -7,8 +7,8 @@ Runs the engine of ZIMAGE_WEIGHTS (default: the demo weights) at 256×256, eight
 
 from __future__ import annotations
 
+import argparse
 import os
-import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -80,4 +80,7 @@ def main(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "out" / "contact-sheet.jpg")
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    default = ROOT / "out" / "contact-sheet.jpg"
+    parser.add_argument("path", nargs="?", type=Path, default=default, help="a .jpg or .png")
+    main(parser.parse_args().path)

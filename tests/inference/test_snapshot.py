@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from inference.engine import Engine
 from inference.snapshot import HEALTH_CHECK, Mode, SnapshotEngine
 from schemas.task import Result, Task
 
 TASK = Task("a cat", 64, 48, steps=2, strength=1.0, seed=3, num_images=1)
+
+
+@pytest.fixture(autouse=True)
+def float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the engine that pictures are compared with."""
+    monkeypatch.setattr("inference.engine.default_dtype", lambda device: torch.float32)
 
 
 @pytest.mark.parametrize(
