@@ -158,7 +158,8 @@ class Turbo:
 
     @modal.method()
     async def generate(self, job: Job, task: Task) -> Result | Failure:
-        from gateway.platforms.modal_records import ModalRecords, generate
+        from gateway.platforms.modal_engine import generate
+        from gateway.platforms.modal_records import ModalRecords
 
         call_id = modal.current_function_call_id()
         assert call_id is not None
@@ -289,12 +290,9 @@ async def housekeeping() -> None:
 async def report(since: str = "") -> str:
     """Usage per day and key, and how GPU containers started:
     `modal run modal_app.py::report --since 2026-11-01`."""
-    from gateway.platforms.modal_usage import Usage, table
+    from gateway.platforms.modal_usage import summary
 
-    restores = await parts().records.restores(deployment.snapshot)
-    text = table(await Usage(usage).read(since))
-    text += f"\n\nGPU containers since seven days: {restores[0]} started from their snapshot"
-    text += f" ({deployment.snapshot}), {restores[1]} had to load anew"
+    text = await summary(parts(), since, deployment.snapshot)
     print(text)
     return text
 

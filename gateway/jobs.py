@@ -43,6 +43,11 @@ class Terms:
     webhook: str | None = None
     file_lifetime: float | None = None
 
+    @property
+    def max_attempts(self) -> int:
+        """How often its process may die under it before it is given up."""
+        return MAX_ATTEMPTS if self.retry else 1
+
 
 DEFAULT_TERMS = Terms()
 
@@ -110,7 +115,7 @@ class Job:
     def interrupt(self, now: float) -> None:
         """The process that ran it is gone."""
         self._expect("IN_PROGRESS")
-        if self.attempts >= (MAX_ATTEMPTS if self.terms.retry else 1):
+        if self.attempts >= self.terms.max_attempts:
             text = f"The runner disconnected {self.attempts} times"
             self.finish(Outcome.of_error(disconnected(text)), now)
         else:

@@ -28,7 +28,7 @@ that it is gone; jobs raise nothing of these, see JobFailed."""
 @dataclasses.dataclass(frozen=True, slots=True)
 class Functions:
     """The app's functions: `job` runs `run_job`, `webhook` runs `deliver`, `engine` is the GPU class's
-    method, which runs `modal_records.generate`."""
+    method, which runs `modal_engine.generate`."""
 
     job: Any
     engine: Any

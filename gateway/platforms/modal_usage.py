@@ -15,6 +15,7 @@ from typing import Any
 import modal
 
 from gateway.jobs import Job
+from gateway.platforms.modal_parts import Parts
 
 
 def row(job: Job) -> dict[str, Any]:
@@ -67,6 +68,16 @@ class Usage:
             for each in parquet.read_table(io.BytesIO(data)).to_pylist():
                 found[each["request_id"]] = each
         return list(found.values())
+
+
+async def summary(parts: Parts, since: str, snapshot: str) -> str:
+    """For people: the days from `since` (YYYY-MM-DD) on, and how GPU containers started."""
+    served, reloaded = await parts.records.restores(snapshot)
+    return (
+        f"{table(await Usage(parts.usage).read(since))}\n\n"
+        f"GPU containers since seven days: {served} started from their snapshot ({snapshot}), "
+        f"{reloaded} had to load anew"
+    )
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -15,7 +15,7 @@ from inference.engine import Engine
 from tests.conftest import Server, serving
 from tests.modal.cloud import Deployed, deployed
 
-KEY = "alice:a-secret-long-enough"
+KEY = "id:secret-long-enough"  # the README's
 PLACES = ["one machine", "modal"]
 
 

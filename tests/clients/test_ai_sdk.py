@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from inference.engine import Engine
+from tests.clients.conftest import KEY
 from tests.clients.npm import install, node
 from tests.clients.readme import pointing
-from tests.conftest import ENDS, Server, serving
-
-KEY = "id:secret-long-enough"
+from tests.conftest import ENDS, Server
 
 PRELUDE = """
 import {{ createFal }} from "@ai-sdk/fal";
@@ -29,22 +26,16 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return install(tmp_path_factory.mktemp("npm"), "ai@7.0.173", "@ai-sdk/fal@3.0.41")
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, engine: Engine) -> Iterator[Server]:
-    with serving(tmp_path_factory.mktemp("home"), engine, keys=KEY) as server:
-        yield server
-
-
-def program(server: Server, text: str, key: str = KEY) -> str:
-    (create,) = pointing("AI SDK", server.url)
+def program(local: Server, text: str, key: str = KEY) -> str:
+    (create,) = pointing("AI SDK", local.url)
     return PRELUDE.format(create=create.replace(KEY, key)) + text
 
 
-def test_generate_image(project: Path, server: Server) -> None:
+def test_generate_image(project: Path, local: Server) -> None:
     output = node(
         project,
         program(
-            server,
+            local,
             """
 const { images, providerMetadata } = await generateImage(
   { model, prompt: "a red apple", n: 2, seed: 4, size: "64x48", providerOptions: small });
@@ -55,11 +46,11 @@ show([images.length, images[0].mediaType, images[0].uint8Array.length > 100]);
     assert output == [2, "image/png", True]
 
 
-def test_a_422_shows_its_detail(project: Path, server: Server) -> None:
+def test_a_422_shows_its_detail(project: Path, local: Server) -> None:
     output = node(
         project,
         program(
-            server,
+            local,
             """
 try {
   await generateImage({ model, prompt: "x", size: "64x48",
@@ -72,11 +63,11 @@ try {
     assert status == 422 and "num_inference_steps" in message
 
 
-def test_a_wrong_key(project: Path, server: Server) -> None:
+def test_a_wrong_key(project: Path, local: Server) -> None:
     output = node(
         project,
         program(
-            server,
+            local,
             """
 try { await generateImage({ model, prompt: "x", size: "64x48" }); }
 catch (error) { show([error.statusCode, error.message]); }
@@ -88,10 +79,10 @@ catch (error) { show([error.statusCode, error.message]); }
 
 
 @pytest.mark.parametrize("end", ENDS)
-def test_an_end_without_pictures(project: Path, server: Server, end: str) -> None:
+def test_an_end_without_pictures(project: Path, local: Server, end: str) -> None:
     text = """
 try { await generateImage({ model, prompt: "x", maxRetries: 0, providerOptions: small }); }
 catch (error) { show([error.statusCode, error.message]); }
 """
-    with server.ending(end, KEY):
-        assert tuple(node(project, program(server, text))) == ENDS[end]
+    with local.ending(end, KEY):
+        assert tuple(node(project, program(local, text))) == ENDS[end]

@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from inference.engine import Engine
+from tests.clients.conftest import KEY
 from tests.clients.python import python
 from tests.clients.readme import pointing
-from tests.conftest import ENDS, Server, serving
-
-KEY = "id:secret-long-enough"
+from tests.conftest import ENDS, Server
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, engine: Engine) -> Iterator[Server]:
-    with serving(tmp_path_factory.mktemp("home"), engine, keys=KEY) as server:
-        yield server
-
-
-def run(server: Server, program: str) -> Any:
-    environment = dict(line.split("=") for line in pointing("LiteLLM", server.url))
+def run(local: Server, program: str) -> Any:
+    environment = dict(line.split("=") for line in pointing("LiteLLM", local.url))
     environment["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
     return python("import json, litellm\n" + program, **environment)
 
 
-def test_image_generation(server: Server) -> None:
+def test_image_generation(local: Server) -> None:
     url = run(
-        server,
+        local,
         """
 answer = litellm.image_generation(
     model="fal_ai/fal-ai/z-image/turbo", prompt="a red apple",
@@ -37,12 +28,12 @@ answer = litellm.image_generation(
 print(json.dumps(answer.data[0].url))
 """,
     )
-    assert server.http.get(url).status_code == 200
+    assert local.http.get(url).status_code == 200
 
 
-def test_a_422_shows_its_detail(server: Server) -> None:
+def test_a_422_shows_its_detail(local: Server) -> None:
     message = run(
-        server,
+        local,
         """
 try:
     litellm.image_generation(
@@ -55,10 +46,10 @@ except Exception as error:
 
 
 @pytest.mark.parametrize("end", ENDS)
-def test_an_end_without_pictures(server: Server, end: str) -> None:
-    with server.ending(end, KEY):
+def test_an_end_without_pictures(local: Server, end: str) -> None:
+    with local.ending(end, KEY):
         message = run(
-            server,
+            local,
             """
 try:
     litellm.image_generation(

@@ -11,14 +11,12 @@ import pytest
 from modal_proto import api_pb2 as api
 
 from gateway.jobs import Job, Outcome, Terms
+from gateway.platforms.modal_engine import EngineBroken, ProgressReporter, generate
 from gateway.platforms.modal_ledger import Entry, Pending
 from gateway.platforms.modal_records import (
-    EngineBroken,
     Finished,
     Loaded,
     ModalRecords,
-    ProgressReporter,
-    generate,
 )
 from gateway.webhooks import Delivery
 from schemas.errors import Cancelled, InputError
