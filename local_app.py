@@ -34,13 +34,14 @@ from gateway.terminal import (
     refused,
     timings_table,
 )
-from schemas.task import Acceleration, Format, Result, Task
+from schemas.endpoints import ENDPOINTS
+from schemas.task import Acceleration, Format, Result, Task, Variant
 from schemas.task import Progress as Step
 
 if TYPE_CHECKING:
     from gateway.once import Answer
     from gateway.platform import Platform, View
-    from inference.engine import Engine
+    from inference.variants import Engines
 
 app = typer.Typer(
     help="The fal.ai Z-Image API on your own machine.",
@@ -210,13 +211,13 @@ def serve(
         listener = _bind(host, port)
     except OSError as error:
         fail(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port")
-    engine = _load(settings)  # minutes, for real weights: whatever can fail sooner comes before
-    engine_async = AsyncEngine(engine)
+    engines = _load(settings)  # minutes, for real weights: whatever can fail sooner comes before
+    engine_async = AsyncEngine(engines)
     shown = f"[{host}]" if ":" in host else host
     url = f"{'https' if tls_cert else 'http'}://{shown}:{listener.getsockname()[1]}"
     console.print(
         f"zimage on {url} · documentation {url}/docs\n"
-        f"weights {settings.weights} ({engine.weights.revision}) on {engine.device} · "
+        f"weights {_shown(engines, settings)} · "
         f"keys {'off' if keys is None else 'on'} · home {settings.home}",
         highlight=False,
         markup=False,
@@ -291,7 +292,7 @@ def _run_once(settings: Settings, endpoint: str, body: dict[str, Any]) -> tuple[
     started = time.perf_counter()
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("loading weights", total=None)
-        engine = _load(settings)
+        engine = _load(settings, ENDPOINTS[endpoint].variant)
         loaded = time.perf_counter() - started
         bar.update(task, description="preparing")
 
@@ -329,18 +330,31 @@ async def _platform(settings: Settings) -> AsyncIterator[Platform]:
         engine.close()
 
 
-def _load(settings: Settings) -> Engine:
-    from inference.engine import Engine
+def _load(settings: Settings, *wanted: Variant) -> Engines:
+    """Engines of the wanted variants, or of all that are served."""
+    from inference.variants import Engines
     from inference.weights import WeightsError
 
     try:
-        return Engine.load(
-            settings.weights,
+        return Engines(
+            {
+                name: spec
+                for name, spec in settings.variants.items()
+                if name in wanted or not wanted
+            },
             device=settings.device,
             safety_threshold=settings.safety_threshold,
         )
     except WeightsError as error:
         fail(str(error))
+
+
+def _shown(engines: Engines, settings: Settings) -> str:
+    parts = [
+        f"{variant} {spec} ({engines[variant].weights.revision})"
+        for variant, spec in settings.variants.items()
+    ]
+    return f"{', '.join(parts)} on {engines['turbo'].device}"
 
 
 def _settings(**overrides: object) -> Settings:
@@ -369,8 +383,7 @@ def _is_loopback(host: str) -> bool:
 
 def _check(endpoint: str, body: dict[str, Any]) -> None:
     """Refuse what can be refused before weights are loaded."""
-    from gateway.perform import parse
-    from schemas.endpoints import ENDPOINTS
+    from gateway.inputs import parse
     from schemas.errors import ApiError
 
     try:

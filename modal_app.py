@@ -1,13 +1,11 @@
 """The deployment on Modal, read from top to bottom: `modal deploy modal_app.py`.
 
-    gateway (CPU)  ──spawn──▶  job (CPU)  ──spawn──▶  Turbo (GPU)
+    gateway (CPU)  ──spawn──▶  job (CPU)  ──spawn──▶  Generator (GPU)
     speaks fal's protocol      fetch, decode, store     tensors only
 
 Every part scales to zero; while nobody asks, nothing runs but a short cron. Settings are environment
 variables at the time of the deploy (README, "Settings"); keys come from the Modal secret `zimage-keys`.
 """
-
-from __future__ import annotations
 
 import asyncio
 import os
@@ -30,7 +28,8 @@ MINUTES, HOURS = 60, 60 * 60
 PYTHON = "3.12"
 WEIGHTS_DIR, CACHE_DIR, SCHEDULES = "/weights", "/cache", "/schedules.toml"
 
-deployment, service = read(Deployment), read(Settings)
+deployment = read(Deployment)
+service = read(Settings, weights=deployment.weights)
 app = modal.App("zimage")
 
 # ## Images
@@ -110,7 +109,8 @@ keys = modal.Secret.from_name("zimage-keys", required_keys=["ZIMAGE_KEYS"])
 
 # ## The GPU class
 #
-# Loads once, into the container's snapshot. Requests that share a container overlap: one has the GPU,
+# One set of weights in a container, loaded once, into its snapshot; each set has containers of its own,
+# which scale by themselves. Requests that share a container overlap: one has the GPU,
 # the other's pictures are checked and encoded on the CPU. A cancelled call stops between two denoising
 # steps; a preempted one starts again on another machine.
 
@@ -132,13 +132,15 @@ keys = modal.Secret.from_name("zimage-keys", required_keys=["ZIMAGE_KEYS"])
     experimental_options={"enable_gpu_snapshot": True} if deployment.snapshot == "gpu" else {},
 )
 @modal.concurrent(max_inputs=deployment.concurrency)
-class Turbo:
+class Generator:
+    variant: str = modal.parameter(default="turbo")
+
     @modal.enter(snap=deployment.snapshot != "off")
     def load(self) -> None:
         from inference.snapshot import SnapshotEngine
 
         self.resident = SnapshotEngine(
-            deployment.weights,
+            service.variants[self.variant],
             deployment.snapshot,
             device=service.device or "cuda",
             warm_up=deployment.warm_up_sizes,
@@ -157,7 +159,7 @@ class Turbo:
         await cache.commit.aio()  # type: ignore[no-untyped-call]
 
     @modal.method()
-    async def generate(self, job: Job, task: Task) -> Result | Failure:
+    async def generate(self, job: "Job", task: "Task") -> "Result | Failure":
         from gateway.platforms.modal_engine import generate
         from gateway.platforms.modal_records import ModalRecords
 
@@ -187,7 +189,7 @@ class Turbo:
     retries=modal.Retries(max_retries=2, initial_delay=1.0),
 )
 @modal.concurrent(max_inputs=16)
-async def job(request: Job, body: bytes) -> Outcome:
+async def job(request: "Job", body: bytes) -> "Outcome":
     from gateway.platforms.modal_jobs import run_job
 
     return await run_job(request, body, parts(), service)
@@ -206,11 +208,12 @@ async def webhook(request_id: str) -> str:
     return await deliver(request_id, parts(), read(Settings))
 
 
-def parts() -> Parts:
+def parts() -> "Parts":
     """All of the above, as the platform calls it."""
     from gateway.platforms.modal_parts import Functions, Parts
 
-    functions = Functions(job, Turbo().generate, webhook)
+    engines = {name: Generator(variant=name).generate for name in service.variants}  # type: ignore[call-arg]
+    functions = Functions(job, engines, webhook)
     return Parts(functions, entries, tasks, pictures, usage, scheduled)
 
 
@@ -227,7 +230,7 @@ def parts() -> Parts:
 )
 @modal.concurrent(max_inputs=200)
 @modal.asgi_app(label="zimage")
-def gateway() -> ASGIApp:
+def gateway() -> "ASGIApp":
     from gateway.app import create_app
     from gateway.auth import keys_for
     from gateway.platforms.modal import ModalPlatform
@@ -241,7 +244,7 @@ def gateway() -> ASGIApp:
 # One cron for each entry of ZIMAGE_SCHEDULES, named after it.
 
 
-def add_schedule(schedule: Schedule) -> None:
+def add_schedule(schedule: "Schedule") -> None:
     async def function() -> None:
         from gateway.platforms.modal_jobs import run_schedule
 
@@ -297,11 +300,12 @@ async def report(since: str = "") -> str:
     return text
 
 
-@app.function(image=gpu_image, volumes={WEIGHTS_DIR: weights}, timeout=60 * MINUTES)
-def fetch_weights(spec: str = deployment.weights) -> None:
+@app.function(image=gpu_image, volumes={WEIGHTS_DIR: weights}, timeout=2 * HOURS)
+def fetch_weights() -> None:
     """Once, before the first deploy: `modal run modal_app.py::fetch_weights`."""
     from inference.weights import fetch
 
-    found = fetch(spec)
-    weights.commit()
-    print(f"{found.path}\nPin it: ZIMAGE_WEIGHTS={spec.partition('@')[0]}@{found.revision}")
+    for variant, spec in service.variants.items():
+        found = fetch(spec)
+        weights.commit()
+        print(f"{variant}: {found.path}\nPin it: {spec.partition('@')[0]}@{found.revision}")

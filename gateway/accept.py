@@ -14,8 +14,8 @@ from fastapi import Request
 from starlette.requests import HTTPConnection
 
 from gateway.auth import ANONYMOUS, Keys, Unauthorized
+from gateway.inputs import parse
 from gateway.jobs import Job, Terms
-from gateway.perform import parse
 from gateway.platform import Platform
 from gateway.settings import Settings
 from gateway.terms import read_terms
@@ -48,7 +48,15 @@ async def accept(request: Request, endpoint: Endpoint) -> Job:
 async def accept_body(
     connection: HTTPConnection, endpoint: Endpoint, key_id: str, body: bytes, terms: Terms
 ) -> Job:
-    """Validate and record, for a caller who is known. Raises InputError or QueueFull."""
+    """Validate and record, for a caller who is known. Raises ServiceError, InputError or QueueFull."""
+    settings: Settings = connection.app.state.settings
+    if endpoint.variant not in settings.variants:
+        raise ServiceError(
+            404,
+            f"This deployment does not serve {endpoint.id}: it has no weights for it, see "
+            f"ZIMAGE_{endpoint.variant.upper()}_WEIGHTS",
+            "not_found",
+        )
     if len(body) < _LARGE_BODY:
         parse(endpoint, body)
     else:

@@ -14,9 +14,9 @@ from typing import Any
 
 from gateway.auth import ANONYMOUS
 from gateway.jobs import Job
-from gateway.perform import GenerateAsync
 from gateway.platform import View
 from gateway.platforms.local import LocalPlatform
+from gateway.services import GenerateAsync
 from gateway.settings import Settings
 
 _WATCH_SECONDS = 0.05

@@ -11,62 +11,20 @@ from __future__ import annotations
 import asyncio
 import base64
 import logging
-import secrets
 import time
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 
-from pydantic import ValidationError
-
-from gateway.decoder import Decoder
-from gateway.fetch import Fetcher
-from gateway.files import URL_PATH, Files, TooLarge, own_name
+from gateway.files import URL_PATH
+from gateway.inputs import parse, read_task
 from gateway.jobs import Job, Outcome
-from media.decode import MAX_BYTES, file_too_large
+from gateway.services import OnLog, OnProgress, Services
 from media.encode import CONTENT_TYPES
-from schemas.endpoints import ENDPOINTS, Endpoint, Input
-from schemas.errors import ApiError, InputError, ValidationFailed, internal_error
-from schemas.inputs import ImageToImageInput
+from schemas.endpoints import ENDPOINTS, EXPANSION_PRICE
+from schemas.errors import ApiError, internal_error
 from schemas.outputs import ImageFile, ImagesOutput
-from schemas.sizes import Size, megapixels, requested_size
-from schemas.task import Acceleration, Picture, Progress, Result, Task
+from schemas.sizes import megapixels
+from schemas.task import Task
 
 logger = logging.getLogger(__name__)
-
-OnProgress = Callable[[Progress], None]
-OnLog = Callable[[str], None]
-
-
-GenerateAsync = Callable[[Task, OnProgress], Awaitable[Result]]
-"""Runs a Task somewhere; cancelling it stops the engine between two steps."""
-
-
-@dataclass(slots=True)
-class Services:
-    """What a request needs on its way."""
-
-    generate: GenerateAsync
-    files: Files
-    fetcher: Fetcher
-    decoder: Decoder
-    acceleration_default: Acceleration
-    retention: float
-    resume: Callable[[], Awaitable[tuple[Task, Result] | None]] | None = None
-    """What the engine made of the job when it was performed before, and of which task."""
-    transient: tuple[type[Exception], ...] = ()
-    """Errors of the surroundings: raised, for the job to be performed again."""
-
-
-def parse(endpoint: Endpoint, body: bytes) -> Input:
-    """Validate a request body as far as it can be without its picture. Raises InputError."""
-    try:
-        params = endpoint.input.model_validate_json(body)
-    except ValidationError as error:
-        raise ValidationFailed(error) from None
-    params.check_supported()
-    if params.image_size != "auto":
-        requested_size(params.image_size)
-    return params
 
 
 async def perform(
@@ -90,33 +48,24 @@ async def perform(
 async def _perform(
     job: Job, body: bytes, services: Services, on_progress: OnProgress, log: OnLog
 ) -> Outcome:
-    params = parse(ENDPOINTS[job.endpoint], body)
+    endpoint = ENDPOINTS[job.endpoint]
+    params = parse(endpoint, body)
     timings = {"input_fetch": 0.0, "input_decode": 0.0}
-    clock = time.perf_counter
 
     made = await services.resume() if services.resume else None
     if made is None:
-        began = clock()
-        data = await _input_bytes(params, job, services)
-        timings["input_fetch"] = clock() - began
-
-        began = clock()
-        picture, size = None, None
-        if data is not None:
-            picture, size = await services.decoder(data, params.image_size)
-            log(f"input picture ready, generating {size.width}×{size.height}")
-        timings["input_decode"] = clock() - began
-
-        task = make_task(params, picture, size or requested_size(params.image_size), services)
+        task = await read_task(params, job, services, timings, log)
         made = task, await services.generate(task, on_progress)
     task, result = made
 
-    began = clock()
+    if result.plan:
+        log(f"acceleration {task.acceleration}: {result.plan}")
+    began = time.perf_counter()
     images = [
         await _store(image.data, task, job, services, inline=params.sync_mode)
         for image in result.images
     ]
-    timings["output_store"] = clock() - began
+    timings["output_store"] = time.perf_counter() - began
 
     output = ImagesOutput(
         images=images,
@@ -128,49 +77,10 @@ async def _perform(
     return Outcome(
         200,
         output.model_dump_json().encode(),
-        units=task.num_images * megapixels(task.width, task.height),
+        units=task.num_images * megapixels(task.width, task.height)
+        + task.expand_prompt * EXPANSION_PRICE / endpoint.price,
         inference_time=result.timings["inference"],
         kept=not params.sync_mode,
-    )
-
-
-async def _input_bytes(params: Input, job: Job, services: Services) -> bytes | None:
-    if not isinstance(params, ImageToImageInput):
-        return None
-    if name := own_name(params.image_url):  # a picture of ours: no way through the network
-        try:
-            data = await services.files.get(name, MAX_BYTES)
-        except TooLarge:
-            raise file_too_large(("body", "image_url")) from None
-        if data is not None:
-            return data
-    if params.image_url.startswith(job.origin + URL_PATH):
-        raise InputError(
-            ("body", "image_url"),
-            "File download error",
-            "file_download_error",
-            input=params.image_url,
-        )
-    return await services.fetcher(params.image_url)
-
-
-def make_task(params: Input, picture: Picture | None, size: Size, services: Services) -> Task:
-    given = params.model_fields_set
-    return Task(
-        prompt=params.prompt,
-        width=size.width,
-        height=size.height,
-        steps=params.num_inference_steps,
-        strength=params.strength if isinstance(params, ImageToImageInput) else 1.0,
-        # 32 bits: exact in every client's number type, JavaScript's too.
-        seed=secrets.randbits(32) if params.seed is None else params.seed,
-        num_images=params.num_images,
-        image=picture,
-        output_format=params.output_format,
-        safety=params.enable_safety_checker,
-        acceleration=(
-            params.acceleration if "acceleration" in given else services.acceleration_default
-        ),
     )
 
 

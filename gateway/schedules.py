@@ -36,8 +36,8 @@ from cronsim import CronSim, CronSimError
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from gateway.auth import ANONYMOUS, Keys
+from gateway.inputs import parse
 from gateway.jobs import Job, Terms
-from gateway.perform import parse
 from gateway.platform import Platform
 from gateway.terms import plain_url
 from schemas.endpoints import ENDPOINTS

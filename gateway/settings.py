@@ -22,6 +22,10 @@ class Settings(BaseSettings):
     weights: str = Field(
         "demo", description="`demo`, a directory in diffusers layout, or a hub id[@revision]."
     )
+    base_weights: str | None = Field(
+        None,
+        description="Weights of the `base` endpoints; without them those answer 404. `demo` has its own.",
+    )
     device: str | None = Field(
         None, description="Torch device; the first GPU if there is one, otherwise cpu."
     )
@@ -61,6 +65,12 @@ class Settings(BaseSettings):
     upload_max: int = Field(
         256 * 1024 * 1024, gt=0, description="Bytes that one uploaded file may have."
     )
+
+    @property
+    def variants(self) -> dict[str, str]:
+        """What is served, and its weights."""
+        base = self.base_weights or ("demo" if self.weights == "demo" else None)
+        return {"turbo": self.weights, **({"base": base} if base else {})}
 
     @field_validator("fetch_allow", mode="before")
     @classmethod

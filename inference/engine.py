@@ -5,8 +5,11 @@
 2. strength is continuous: see `sampling.forwards` and `sampling.sigmas`. 0 returns the input without
    a forward, 1 equals text-to-image.
 3. Output has exactly the size asked for.
-4. Every picture passes the safety checker unless the task says otherwise; flagged ones leave black.
-5. A cancelled task stops between two steps and leaves nothing behind.
+4. Acceleration changes time, never meaning: see `plan`.
+5. Every picture passes the safety checker unless the task says otherwise; flagged ones leave black.
+6. Prompts are expanded by the text encoder itself: see `expansion`.
+7. A cancelled task stops between two steps and leaves nothing behind.
+8. A LoRA is applied whole or refused, and is gone when its task is: see `lora`.
 
 Tensor work is serialised by a lock. Checking and file encoding of a finished picture run on the CPU
 beside the denoising of the next one.
@@ -20,19 +23,29 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from PIL import Image
 
 from inference import sampling
+from inference.autoencoder import Autoencoder, is_out_of_memory, release_memory
+from inference.clock import StageClock
+from inference.expansion import PromptExpander
+from inference.lean import LeanTransformer
+from inference.plan import Plan, plan
 from inference.safety import THRESHOLD, OpenNSFW, SafetyChecker
 from inference.text import PromptEncoder
+from inference.velocity import Velocity, guided, reference
 from inference.weights import Weights, locate
 from media.decode import to_image
 from media.encode import encode
+from schemas.errors import InputError
 from schemas.sizes import generation_size
-from schemas.task import EncodedImage, Picture, Progress, Result, Task, TaskCancelled
+from schemas.task import Acceleration, EncodedImage, Progress, Result, Task, TaskCancelled
+
+ACCELERATED: tuple[Acceleration, ...] = ("regular", "high")
 
 logger = logging.getLogger(__name__)
 
@@ -42,12 +55,14 @@ class Engine:
 
     def __init__(self, components: dict[str, Any], safety: SafetyChecker, weights: Weights) -> None:
         self.transformer = components["transformer"]
-        self.vae = components["vae"]
         self.scheduler = components["scheduler"]
         self.weights = weights
         self.device = torch.device(self.transformer.device)
+        self.autoencoder = Autoencoder(components["vae"])
         self._text_encoder = components["text_encoder"]
         self._encode_prompt = PromptEncoder(components["tokenizer"], self._text_encoder)
+        self._expand_prompt = PromptExpander(components["tokenizer"], self._text_encoder)
+        self._lean: LeanTransformer | None = None
         self._safety = safety
         self._tensors = threading.Lock()
         self._finishers = ThreadPoolExecutor(2, thread_name_prefix="finish")
@@ -91,14 +106,17 @@ class Engine:
     def to(self, device: str) -> None:
         """Move all weights to another device."""
         with self._tensors:
-            for model in (self.transformer, self.vae, self._text_encoder):
+            self._lean = None
+            for model in (self.transformer, self.autoencoder.vae, self._text_encoder):
                 model.to(device)
             self._encode_prompt.forget()
             self.device = torch.device(device)
 
     def warm_up(self, width: int, height: int) -> None:
-        """Run one step at a size, so that the first request there pays for nothing but itself."""
-        self(Task("warm up", width, height, steps=1, strength=1.0, seed=0, num_images=1))
+        """Run a step at a size, on every plan, so that the first request there pays for itself only."""
+        task = Task("warm up", width, height, steps=1, strength=1.0, seed=0, num_images=1)
+        for level in {plan(level, self.device): level for level in ACCELERATED}.values():
+            self(replace(task, acceleration=level))
 
     def close(self) -> None:
         """Stop the helper threads; the engine cannot be used afterwards."""
@@ -110,22 +128,52 @@ class Engine:
         on_progress: Callable[[Progress], None] = lambda progress: None,
         cancelled: Callable[[], bool] = lambda: False,
     ) -> Result:
-        """Generate. Raises TaskCancelled, or whatever broke; never returns an unchecked picture."""
+        """Generate. Never returns an unchecked picture.
+
+        Raises TaskCancelled; InputError for what these weights or this device cannot do; or whatever
+        broke.
+        """
         clock = StageClock()
-        n = sampling.forwards(task.steps, task.strength)
-        pictures = (
-            self._denoised(task, n, clock, on_progress, cancelled) if n else self._unchanged(task)
-        )
-        finishing: list[Future[EncodedImage]] = []
+        how = plan(task.acceleration, self.device)
         try:
-            for picture in pictures:
-                finishing.append(self._finishers.submit(self._finish, picture, task, clock))
-            images = tuple(future.result() for future in finishing)
-        except BaseException:
-            for future in finishing:
-                future.cancel()
-            raise
-        return Result(images, task.seed, task.prompt, n, clock.timings())
+            task = self._expanded(task, clock, cancelled)
+            n = sampling.forwards(task.steps, task.strength)
+            pictures = (
+                self._denoised(task, n, how, clock, on_progress, cancelled)
+                if n
+                else self._unchanged(task)
+            )
+            images = self._finished(pictures, task, clock)
+            return Result(images, task.seed, task.prompt, n, clock.timings(), str(how))
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        # Out of the except block, where the error and the tensors in its frames are no longer held.
+        release_memory()
+        raise InputError(
+            ("body", "image_size"),
+            f"{task.width}×{task.height} pixels need more memory than this deployment has",
+            "image_too_large",
+        )
+
+    def _expanded(self, task: Task, clock: StageClock, cancelled: Callable[[], bool]) -> Task:
+        """The task with the prompt that is used."""
+        if not task.expand_prompt:
+            return task
+        if not self.weights.language_model:
+            raise InputError(
+                ("body", "enable_prompt_expansion"),
+                f"The weights {self.weights.spec} cannot expand prompts: their text encoder is not a "
+                "language model",
+                "feature_not_supported",
+                input=True,
+            )
+        with (
+            self._turn(cancelled),
+            torch.inference_mode(),
+            clock.stage("prompt_expansion"),
+        ):
+            return replace(task, prompt=self._expand_prompt(task.prompt, cancelled))
 
     def _unchanged(self, task: Task) -> Iterator[Image.Image]:
         assert task.image is not None, "strength 0 needs an input picture"
@@ -137,6 +185,7 @@ class Engine:
         self,
         task: Task,
         n: int,
+        how: Plan,
         clock: StageClock,
         on_progress: Callable[[Progress], None],
         cancelled: Callable[[], bool],
@@ -146,6 +195,7 @@ class Engine:
         tokens = (width // 16) * (height // 16)
         sigmas = sampling.sigmas(self.scheduler, task.steps, task.strength, tokens)
         first_sigma = float(sigmas[0])
+        sigmas = sigmas.to(self.device)
         for k in range(task.num_images):
 
             def on_step(step: int, k: int = k) -> None:
@@ -156,23 +206,41 @@ class Engine:
             with self._turn(cancelled), torch.inference_mode():
                 if k == 0:
                     with clock.stage("prompt_encode"):
-                        prompt_embeds = self._encode_prompt(task.prompt)
+                        velocity = self._velocity(task, how, sigmas, width, height)
                         self._synchronize()
                     with clock.stage("vae_encode"):
-                        image_latents = self._encode_image(task.image, first_sigma)
+                        image_latents = None
+                        if task.image is not None and first_sigma < 1.0:
+                            image_latents = self.autoencoder.encode(task.image)
                         self._synchronize()
                 with clock.stage("denoise"):
                     noise = sampling.noise(
                         task.seed + k, self.transformer.in_channels, width, height
                     ).to(self.device)
                     latents = sampling.start(image_latents, noise, first_sigma)
-                    latents = sampling.denoise(
-                        self.transformer, latents, prompt_embeds, sigmas, on_step
-                    )
+                    latents = sampling.denoise(velocity, latents, sigmas, on_step)
                 with clock.stage("vae_decode"):
-                    pixels = sampling.to_pixels(self._decode_image(latents))
+                    pixels = self.autoencoder.decode(latents)
                     array = pixels[: task.height, : task.width].cpu().numpy()
             yield Image.fromarray(array, "RGB")
+
+    def _velocity(
+        self, task: Task, how: Plan, sigmas: torch.Tensor, width: int, height: int
+    ) -> Velocity:
+        """What all pictures of a task have in common: prompts, schedule, size, and how to forward."""
+
+        def of(prompt: str) -> Velocity:
+            embeds = self._encode_prompt(prompt)
+            if not how.lean:
+                return reference(self.transformer, embeds, sigmas)
+            if self._lean is None:
+                self._lean = LeanTransformer(self.transformer, compiled=how.compiled)
+            size = height // sampling.LATENT_FACTOR, width // sampling.LATENT_FACTOR
+            return self._lean.velocity(embeds, sigmas, *size, in_8_bits=how.float8)
+
+        if not task.guidance_scale:
+            return of(task.prompt)
+        return guided(of(task.prompt), of(task.negative_prompt), task.guidance_scale)
 
     @contextmanager
     def _turn(self, cancelled: Callable[[], bool]) -> Iterator[None]:
@@ -187,28 +255,24 @@ class Engine:
         finally:
             self._tensors.release()
 
-    def _encode_image(self, picture: Picture | None, sigma: float) -> torch.Tensor | None:
-        """The mode of the VAE's posterior: no randomness, so no seed is spent on it."""
-        if picture is None or sigma == 1.0:
-            return None
-        rgb = torch.frombuffer(bytearray(picture.rgb), dtype=torch.uint8)
-        rgb = rgb.view(picture.height, picture.width, 3).to(self.device)
-        posterior = self.vae.encode(sampling.from_pixels(rgb).to(self.vae.dtype)).latent_dist
-        config = self.vae.config
-        latents: torch.Tensor = posterior.mode()[0].float() - config.shift_factor
-        return latents * float(config.scaling_factor)
-
-    def _decode_image(self, latents: torch.Tensor) -> torch.Tensor:
-        config = self.vae.config
-        # Cast before scaling, as the pipeline does.
-        latents = latents.to(self.vae.dtype) / config.scaling_factor + config.shift_factor
-        decoded: torch.Tensor = self.vae.decode(latents.unsqueeze(0), return_dict=False)[0][0]
-        return decoded
-
     def _synchronize(self) -> None:
         """Wait for the device where nothing else does, so that a stage's time is its own."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+    def _finished(
+        self, pictures: Iterator[Image.Image], task: Task, clock: StageClock
+    ) -> tuple[EncodedImage, ...]:
+        """Check and encode each picture while the next one is made."""
+        finishing: list[Future[EncodedImage]] = []
+        try:
+            for picture in pictures:
+                finishing.append(self._finishers.submit(self._finish, picture, task, clock))
+            return tuple(future.result() for future in finishing)
+        except BaseException:
+            for future in finishing:
+                future.cancel()
+            raise
 
     def _finish(self, image: Image.Image, task: Task, clock: StageClock) -> EncodedImage:
         flagged = False
@@ -219,27 +283,6 @@ class Engine:
             image = Image.new("RGB", image.size)
         with clock.stage("file_encode"):
             return EncodedImage(encode(image, task.output_format), flagged)
-
-
-class StageClock:
-    """Seconds per stage of one task, added up over pictures and threads."""
-
-    def __init__(self) -> None:
-        self._started = time.perf_counter()
-        self._stages: dict[str, float] = {}
-        self._lock = threading.Lock()
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        elapsed = time.perf_counter() - started
-        with self._lock:
-            self._stages[name] = self._stages.get(name, 0.0) + elapsed
-
-    def timings(self) -> dict[str, float]:
-        """`inference`: wall-clock seconds since the task began; and the stages."""
-        return {"inference": time.perf_counter() - self._started, **self._stages}
 
 
 def default_dtype(device: str) -> torch.dtype:

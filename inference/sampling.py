@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from inference.velocity import Velocity
+
 LATENT_FACTOR = 8
 
 
@@ -74,29 +76,26 @@ def start(image_latents: torch.Tensor | None, noise: torch.Tensor, sigma: float)
 
 
 def denoise(
-    transformer: Any,
+    velocity: Velocity,
     latents: torch.Tensor,
-    prompt_embeds: torch.Tensor,
     sigmas: torch.Tensor,
     on_step: Callable[[int], None],
+    keep: Callable[[torch.Tensor, int], torch.Tensor] = lambda latents, i: latents,
 ) -> torch.Tensor:
-    """Euler integration over `sigmas`. latents (C, h, w) float32, prompt_embeds (tokens, width).
+    """Euler integration over `sigmas` (n + 1,). latents (C, h, w) float32.
 
     on_step(k) is called when step k (from 1) is finished on the device, and may raise to stop. On a
     GPU one step is queued ahead of that, so that the device never waits; a stop wastes at most it.
+    keep(latents, i) may change what step i (from 0) made.
     """
     sigmas = sigmas.to(latents.device)
-    times = (1000 - sigmas * 1000) / 1000  # as the pipeline computes them, to the last bit
     n = len(sigmas) - 1
-    dtype = transformer.dtype  # looked up by walking over all parameters: once, not every step
     ahead = 1 if latents.device.type == "cuda" else 0
     running: deque[Callable[[], None]] = deque()
     finished = 0
     for i in range(n):
-        model_input = latents.to(dtype).unsqueeze(1)
-        (output,) = transformer([model_input], times[i : i + 1], [prompt_embeds], return_dict=False)
-        velocity = -output[0].float().squeeze(1)
-        latents = latents + (sigmas[i + 1] - sigmas[i]) * velocity
+        latents = latents + (sigmas[i + 1] - sigmas[i]) * velocity(latents, i)
+        latents = keep(latents, i)
         running.append(_fence(latents.device))
         while len(running) > (ahead if i < n - 1 else 0):
             running.popleft()()

@@ -7,6 +7,7 @@ it: there is no silent fallback from real weights to demo weights.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ HUB_ID = "Tongyi-MAI/Z-Image-Turbo"
 COMPONENTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
 
 _HUB_SPEC = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+_SHA256 = re.compile("[0-9a-f]{64}")
 _PATTERNS = ["model_index.json", *(f"{name}/*" for name in COMPONENTS)]
 
 
@@ -34,6 +36,12 @@ class Weights:
     spec: str
     path: Path
     revision: str
+
+    @property
+    def language_model(self) -> bool:
+        """Whether the text encoder was saved as a whole language model, so that it can write, too."""
+        config = json.loads((self.path / "text_encoder" / "config.json").read_text())
+        return any(name.endswith("ForCausalLM") for name in config.get("architectures") or ())
 
 
 def locate(spec: str) -> Weights:
@@ -68,14 +76,34 @@ def locate(spec: str) -> Weights:
 
 
 def fetch(spec: str) -> Weights:
-    """Download a hub id into the hub's local cache, resuming what is there, and check it."""
+    """Download a hub id into the hub's local cache, resuming what is there, and check it.
+
+    Raises WeightsError if a file is missing or is not what its checksum says; whatever the hub raises.
+    """
     from huggingface_hub import snapshot_download
 
     match = _HUB_SPEC.fullmatch(spec)
     if match is None:
         raise WeightsError(f"{spec!r} is not a hub id such as {HUB_ID}@main")
     snapshot_download(match["id"], revision=match["revision"], allow_patterns=_PATTERNS)
-    return locate(spec)
+    weights = locate(spec)
+    if broken := broken_files(weights.path):
+        raise WeightsError(
+            f"Weights {spec} arrived damaged: {', '.join(broken)}. Delete them and fetch again."
+        )
+    return weights
+
+
+def broken_files(snapshot: Path) -> list[str]:
+    """Large files whose SHA-256 is not what the hub calls them by. Reads all of them, 1 GB/s or so."""
+    broken = []
+    for file in sorted(snapshot.rglob("*")):
+        name = file.resolve().name  # in the hub's cache, a link to a blob named after its checksum
+        if _SHA256.fullmatch(name):
+            with file.open("rb") as stream:
+                if hashlib.file_digest(stream, "sha256").hexdigest() != name:
+                    broken.append(f"{file.relative_to(snapshot)} ({file.resolve()})")
+    return broken
 
 
 def missing_files(path: Path) -> list[str]:

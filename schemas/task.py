@@ -1,6 +1,7 @@
 """What crosses the border between gateway and engine: plain data, no torch on either side.
 
-A `Task` is completely validated; an engine never says "bad input". Pictures travel as raw sRGB so
+A `Task` is validated as far as that goes without the weights; what only they can tell (whether a LoRA
+fits, whether a picture fits into memory) an engine says with an InputError. Pictures travel as raw sRGB so
 that the engine need not know of file formats on the way in.
 """
 
@@ -8,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 Format = Literal["jpeg", "png", "webp"]
 Acceleration = Literal["none", "regular", "high"]
-Variant = Literal["turbo"]
+TilingMode = Literal["both", "horizontal", "vertical"]
+Variant = Literal["turbo", "base"]
 """A set of weights. One engine serves one variant."""
 
 
@@ -26,12 +28,35 @@ class Picture:
 
 
 @dataclass(frozen=True, slots=True)
+class Lora:
+    """A low-rank adaptation of the transformer. digest: SHA-256 of its file; scale: 0…4."""
+
+    digest: str
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """A picture that continues into itself. "horizontal": its left edge continues its right one.
+
+    size and stride: of the windows it is made in, in latents (8 pixels each).
+    """
+
+    mode: TilingMode = "both"
+    size: int = 128
+    stride: int = 64
+
+
+@dataclass(frozen=True, slots=True)
 class Task:
     """One request for `num_images` pictures of exactly width×height pixels.
 
     image: None for text-to-image; otherwise a picture at `generation_size(width, height)`, whose
       top-left width×height pixels are the picture to work from.
+    mask: at the same size, white where `image` is made anew, black where it is kept; None for all of it.
     strength: 0…1, 1 for text-to-image. steps: ≥ 1. seed: any integer; picture k uses seed + k.
+    guidance_scale: 0 for none (turbo); with it, a second forward for `negative_prompt` every step.
+    expand_prompt: have the text encoder write a longer prompt first.
     """
 
     prompt: str
@@ -45,6 +70,13 @@ class Task:
     output_format: Format = "png"
     safety: bool = True
     acceleration: Acceleration = "regular"
+    variant: Variant = "turbo"
+    guidance_scale: float = 0.0
+    negative_prompt: str = ""
+    loras: tuple[Lora, ...] = ()
+    tiling: Tiling | None = None
+    mask: Picture | None = None
+    expand_prompt: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,25 +89,30 @@ class EncodedImage:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """`timings` are seconds per stage, summed over pictures; `inference` is the whole."""
+    """`timings` are seconds per stage, summed over pictures; `inference` is the whole.
+
+    prompt: as it was used, expanded if that was asked for. plan: how it was accelerated, in words.
+    """
 
     images: tuple[EncodedImage, ...]
     seed: int
     prompt: str
     forwards: int
     timings: dict[str, float]
+    plan: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
     """What an engine in another process answers instead of raising: exceptions do not travel well.
 
-    kind: an "error" of the engine; or it was not asked, because the job had "ended", came too "late",
-    or was "lost" with its process too often.
+    kind: an "error" of the engine; its refusal, with the "detail" of an InputError; or it was not asked,
+    because the job had "ended", came too "late", or was "lost" with its process too often.
     """
 
     reason: str
-    kind: Literal["error", "ended", "late", "lost"] = "error"
+    kind: Literal["error", "refused", "ended", "late", "lost"] = "error"
+    detail: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)

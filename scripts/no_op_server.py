@@ -14,8 +14,8 @@ from PIL import Image
 
 from gateway.app import create_app
 from gateway.auth import keys_for
-from gateway.perform import OnProgress
 from gateway.platforms.local import LocalPlatform
+from gateway.services import OnProgress
 from gateway.settings import Settings
 from media.encode import encode
 from schemas.task import EncodedImage, Result, Task

@@ -27,10 +27,11 @@ from gateway.fetch import Fetcher
 from gateway.files import DirectoryFiles
 from gateway.jobs import Job, Outcome
 from gateway.logs import log_entry, progress_message
-from gateway.perform import GenerateAsync, OnProgress, Services, perform
+from gateway.perform import perform
 from gateway.platform import Platform, View
 from gateway.platforms.outbox import Outbox
 from gateway.platforms.records import Records
+from gateway.services import GenerateAsync, OnProgress, Services
 from gateway.settings import Settings
 from gateway.signing import DirectorySigner
 from gateway.tokens import Tokens

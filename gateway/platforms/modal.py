@@ -96,8 +96,8 @@ class ModalPlatform(Platform):
         """How many inputs wait for a CPU or a GPU; a second old at most."""
         seen, backlog = self._backlog_seen
         if time.monotonic() - seen > BACKLOG_SECONDS:
-            both = (self._functions.job, self._functions.engine)
-            stats = await asyncio.gather(*(each.get_current_stats.aio() for each in both))
+            functions = (self._functions.job, *self._functions.engines.values())
+            stats = await asyncio.gather(*(each.get_current_stats.aio() for each in functions))
             backlog = sum(each.backlog for each in stats)
             self._backlog_seen = (time.monotonic(), backlog)
         return backlog

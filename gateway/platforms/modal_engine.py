@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable
 from gateway.jobs import Job
 from gateway.logs import log_entry, progress_message
 from gateway.platforms.modal_records import Logs, ModalRecords
+from schemas.errors import InputError
 from schemas.task import Failure, Progress, Result, Task
 
 logger = logging.getLogger(__name__)
@@ -87,6 +88,8 @@ async def generate(
         result = await engine(task, report)
         await report.close()
         return result
+    except InputError as error:
+        return Failure(str(error), "refused", error.detail[0])
     except Exception as error:
         logger.exception("request %s failed", job.request_id)
         if await healthy():

@@ -6,7 +6,7 @@ import asyncio
 import functools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -18,16 +18,17 @@ from gateway.decoder import Decoder
 from gateway.fetch import Fetcher
 from gateway.jobs import Job, Outcome, disconnected
 from gateway.logs import log_entry
-from gateway.perform import Services, perform
+from gateway.perform import perform
 from gateway.platforms.modal import ModalPlatform
 from gateway.platforms.modal_files import VolumeFiles
 from gateway.platforms.modal_parts import UNREACHED, Parts, lost
 from gateway.platforms.modal_records import Finished, Logs, ModalRecords
 from gateway.schedules import Ran, Schedule, check_keys, run
+from gateway.services import Services
 from gateway.settings import Settings
 from gateway.signing import SecretSigner
 from gateway.webhooks import Webhooks
-from schemas.errors import Cancelled, StartTimeout
+from schemas.errors import Cancelled, InputError, StartTimeout
 from schemas.task import Failure, Progress, Result, Task
 
 logger = logging.getLogger(__name__)
@@ -57,14 +58,14 @@ async def run_job(job: Job, body: bytes, parts: Parts, settings: Settings) -> Ou
 
 
 async def _run_job(job: Job, body: bytes, parts: Parts, settings: Settings) -> Outcome:
-    records, engine = parts.records, parts.functions.engine
+    records = parts.records
     if call_id := modal.current_function_call_id():
         await records.set_call(job.request_id, call_id)  # whoever spawned it may be gone
     outcome = await records.outcome(job.request_id)
     if outcome is None:  # else cancelled before it started, or delivered a second time
         logs: Logs = []
         services = Services(
-            functools.partial(_generate, job, records, engine),
+            functools.partial(_generate, job, records, parts.functions.engines),
             parts.files,
             _fetcher(settings.fetch_allow),
             _decoder(),
@@ -112,11 +113,12 @@ async def run_schedule(
 async def _generate(
     job: Job,
     records: ModalRecords,
-    engine: Any,
+    engines: Mapping[str, Any],
     task: Task,
     on_progress: Callable[[Progress], None],
 ) -> Result:
     """Call the GPU class and wait. It reports progress to the records, not here."""
+    engine = engines[task.variant]
     while job.terms.low_priority and (await engine.get_current_stats.aio()).backlog:
         await asyncio.sleep(YIELD_SECONDS)
     while True:
@@ -148,6 +150,8 @@ async def _result(call_id: str) -> Result:
         raise lost(error) from error
     if isinstance(result, Result):
         return result
+    if result.detail is not None:
+        raise InputError.of_detail(result.detail)
     match result.kind:
         case "ended":
             raise Cancelled

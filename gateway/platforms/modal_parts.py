@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import modal
@@ -27,11 +28,11 @@ that it is gone; jobs raise nothing of these, see JobFailed."""
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Functions:
-    """The app's functions: `job` runs `run_job`, `webhook` runs `deliver`, `engine` is the GPU class's
-    method, which runs `modal_engine.generate`."""
+    """The app's functions: `job` runs `run_job`, `webhook` runs `deliver`, `engines` are the GPU class's
+    method for each set of weights, which runs `modal_engine.generate`."""
 
     job: Any
-    engine: Any
+    engines: Mapping[str, Any]
     webhook: Any
 
 

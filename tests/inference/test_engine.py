@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,11 @@ from PIL import Image
 
 from inference import sampling
 from inference.engine import Engine
+from inference.plan import Plan
 from inference.weights import DEMO_DIRECTORY
 from media.decode import to_picture
 from media.fit import fit
+from schemas.errors import InputError
 from schemas.task import Progress, Result, Task, TaskCancelled
 from tests.conftest import opened
 
@@ -54,15 +57,15 @@ def reference(pipeline_class: Any, **arguments: Any) -> np.ndarray:
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline(
         "a ginger cat",
-        guidance_scale=0.0,
         generator=torch.Generator().manual_seed(7),
-        **arguments,
+        **{"guidance_scale": 0.0, **arguments},
     ).images
     return np.asarray(images[0], dtype=np.int16)
 
 
-def test_text_to_image_is_the_reference_pipeline(engine: Engine, task: Task) -> None:
-    ours = pixels(only(engine(change(task, image=None, strength=1.0))))
+@pytest.mark.parametrize("level", ["none", "regular"])
+def test_text_to_image_is_the_reference_pipeline(engine: Engine, task: Task, level: str) -> None:
+    ours = pixels(only(engine(change(task, image=None, strength=1.0, acceleration=level))))
     theirs = reference(ZImagePipeline, width=160, height=128, num_inference_steps=8)
     assert np.abs(ours - theirs).max() <= 1  # rounding: the pipeline pads prompts to 512 tokens
 
@@ -72,10 +75,11 @@ def test_image_to_image_is_the_reference_pipeline(
     engine: Engine, task: Task, photo: Image.Image, strength: float
 ) -> None:
     """Given our start latents and its own schedule, the i2i pipeline makes the same picture."""
+    assert task.image is not None
     n = sampling.forwards(8, strength)
     sigma = float(sampling.sigmas(engine.scheduler, 8, strength, 80)[0])
     with torch.inference_mode():
-        z = engine._encode_image(task.image, sigma)
+        z = engine.autoencoder.encode(task.image)
     start = sampling.start(z, sampling.noise(7, 16, 160, 128), sigma)
     theirs = reference(
         ZImageImg2ImgPipeline,
@@ -87,8 +91,26 @@ def test_image_to_image_is_the_reference_pipeline(
         sigmas=torch.linspace(strength, strength / n, n).tolist(),
         latents=start[None],
     )
-    ours = pixels(only(engine(change(task, strength=strength))))
+    ours = pixels(only(engine(change(task, strength=strength, acceleration="none"))))
     assert np.abs(ours - theirs).max() <= 1
+
+
+def test_guidance_is_the_reference_pipeline_s(engine: Engine, task: Task) -> None:
+    """Two forwards one after the other, where the pipeline has a batch of two."""
+    guided = change(
+        task, image=None, strength=1.0, guidance_scale=4.0, negative_prompt="a blue background"
+    )
+    theirs = reference(
+        ZImagePipeline,
+        width=160,
+        height=128,
+        num_inference_steps=8,
+        guidance_scale=4.0,
+        negative_prompt="a blue background",
+    )
+    ours = pixels(only(engine(guided)))
+    assert np.abs(ours - theirs).max() <= 2
+    assert only(engine(change(guided, negative_prompt=""))) != only(engine(guided))
 
 
 def test_promise_1_four_pictures_are_four_requests(engine: Engine, task: Task) -> None:
@@ -141,6 +163,80 @@ def test_promise_3_sizes_are_exact(engine: Engine, task: Task, size: tuple[int, 
         assert opened(only(engine(sized))).size == size
 
 
+@pytest.fixture(scope="module")
+def bfloat16() -> Iterator[Engine]:
+    engine = Engine.load("demo", device="cpu", dtype=torch.bfloat16)
+    yield engine
+    engine.close()
+
+
+def psnr(one: bytes, other: bytes) -> float:
+    """Peak signal-to-noise ratio in dB."""
+    error = np.square((pixels(one) - pixels(other)).astype(float)).mean()
+    return float(10 * np.log10(255**2 / max(error, 1e-9)))
+
+
+@pytest.mark.parametrize("prompt", ["a ginger cat", "a red apple on a blue background"])
+def test_promise_4_regular_is_lossless_up_to_rounding(
+    bfloat16: Engine, task: Task, photo: Image.Image, prompt: str
+) -> None:
+    picture = fit(to_picture(photo), 256, 256)
+    square = change(task, prompt=prompt, width=256, height=256, image=picture)
+    for each in (square, change(square, image=None, strength=1.0)):
+        none, regular = (
+            bfloat16(change(each, acceleration=level)) for level in ("none", "regular")
+        )
+        assert none.plan == "diffusers' own forward" and regular.plan == "lean forward"
+        assert psnr(only(none), only(regular)) >= 45
+
+
+@pytest.mark.parametrize("prompt", ["a ginger cat", "a red apple on a blue background"])
+def test_promise_4_high_is_within_its_bound(
+    bfloat16: Engine, task: Task, prompt: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The 8-bit arithmetic of a GPU's plan, done by a CPU."""
+    whole = change(task, prompt=prompt, width=256, height=256, image=None, strength=1.0)
+    none = bfloat16(change(whole, acceleration="none"))
+    monkeypatch.setattr("inference.engine.plan", lambda *_: Plan(lean=True, float8=True))
+    high = bfloat16(change(whole, acceleration="high"))
+    assert high.plan == "lean forward, float8 matrices"
+    assert 30 <= psnr(only(none), only(high)) < 60
+
+
+def test_promise_4_levels_leave_nothing_behind(bfloat16: Engine, task: Task) -> None:
+    before = only(bfloat16(change(task, acceleration="none")))
+    bfloat16(change(task, acceleration="regular"))
+    bfloat16(change(task, acceleration="high"))
+    assert only(bfloat16(change(task, acceleration="none"))) == before
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_out_of_memory_in_the_decoder(
+    engine: Engine, task: Task, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once: in tiles. Twice: refused, and the next picture is as ever."""
+    before = only(engine(task))
+    vae, decode, tiled = engine.autoencoder.vae, engine.autoencoder.vae.decode, []
+
+    def short_of_memory(*arguments: Any, **options: Any) -> Any:
+        tiled.append(vae.use_tiling)
+        if len(tiled) <= count:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return decode(*arguments, **options)
+
+    monkeypatch.setattr(vae, "decode", short_of_memory)
+    if count == 1:
+        assert opened(only(engine(task))).size == (160, 128)
+    else:
+        with pytest.raises(InputError) as refused:
+            engine(task)
+        assert refused.value.detail[0]["loc"] == ["body", "image_size"]
+        assert refused.value.detail[0]["type"] == "image_too_large"
+    monkeypatch.undo()
+    assert tiled == [False, True] and not vae.use_tiling
+    assert only(engine(task)) == before
+
+
 def test_promise_5_flagged_pictures_are_black(engine: Engine, task: Task) -> None:
     """The shipped model with a threshold that every picture reaches."""
     from inference.safety import OpenNSFW
@@ -148,7 +244,7 @@ def test_promise_5_flagged_pictures_are_black(engine: Engine, task: Task) -> Non
     strict = Engine(
         {
             "transformer": engine.transformer,
-            "vae": engine.vae,
+            "vae": engine.autoencoder.vae,
             "scheduler": engine.scheduler,
             "tokenizer": engine._encode_prompt._tokenizer,
             "text_encoder": engine._text_encoder,
@@ -190,10 +286,18 @@ def test_promise_7_cancel_stops_between_two_steps(engine: Engine, task: Task) ->
     assert only(engine(task)) == before
 
 
+def test_promise_6_weights_without_a_language_model_refuse_expansion(
+    engine: Engine, task: Task
+) -> None:
+    with pytest.raises(InputError, match="cannot expand prompts") as refused:
+        engine(change(task, expand_prompt=True))
+    assert refused.value.detail[0]["loc"] == ["body", "enable_prompt_expansion"]
+
+
 def test_prompt_and_picture_are_encoded_once(engine: Engine, task: Task) -> None:
     calls: list[str] = []
     hooks = [
-        engine.vae.encoder.register_forward_hook(lambda *_: calls.append("picture")),
+        engine.autoencoder.vae.encoder.register_forward_hook(lambda *_: calls.append("picture")),
         engine._text_encoder.register_forward_hook(lambda *_: calls.append("prompt")),
     ]
     try:

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import hashlib
 import shutil
 from pathlib import Path
 
 import pytest
 
 from inference.engine import Engine
-from inference.weights import DEMO_DIRECTORY, HUB_ID, WeightsError, locate
+from inference.weights import DEMO_DIRECTORY, HUB_ID, WeightsError, broken_files, locate
 
 
 def test_demo_weights_come_along() -> None:
@@ -60,3 +61,22 @@ def test_hub_weights_that_are_not_here_say_how_to_get_them(
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(WeightsError, match=f"zimage weights fetch {spec}"):
         locate(spec)
+
+
+def test_a_damaged_download_is_named(tmp_path: Path) -> None:
+    """In the hub's cache a large file is a link to a blob that is named after its checksum."""
+    snapshot, blobs = tmp_path / "snapshots" / "abc" / "vae", tmp_path / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    whole, damaged = (hashlib.sha256(data).hexdigest() for data in (b"whole", b"as it was"))
+    (blobs / whole).write_bytes(b"whole")
+    (blobs / damaged).write_bytes(b"as it is")
+    (blobs / ("0" * 40)).write_bytes(b"small files have no such name")
+    for name, blob in (
+        ("a.safetensors", whole),
+        ("b.safetensors", damaged),
+        ("config.json", "0" * 40),
+    ):
+        (snapshot / name).symlink_to(blobs / blob)
+    (found,) = broken_files(snapshot.parent)
+    assert found.startswith("vae/b.safetensors ")

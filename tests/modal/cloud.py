@@ -349,7 +349,7 @@ class Cloud(Plane):
 
     def definition(self, name: str) -> api.Function:
         """A function as deployed; of a choice of GPUs, the first."""
-        found = self.functions[name]
+        found = self.functions[name.partition("(")[0]]
         return found if isinstance(found, api.Function) else found.ranked_functions[0].function
 
     async def _scale(self, name: str) -> None:
@@ -361,7 +361,7 @@ class Cloud(Plane):
         task_id = self.new_id("ta")
         definition = api.Function()
         definition.CopyFrom(self.definition(name))
-        definition.function_name = name
+        definition.function_name = name.partition("(")[0]
         definition.resources.ClearField("gpu_config")  # there is none here
         definition.is_checkpointing_function = definition.checkpointing_enabled
         arguments = api.ContainerArguments(
@@ -369,6 +369,7 @@ class Cloud(Plane):
             function_id=f"fu-{name}",
             app_id="ap-1",
             function_def=definition,
+            serialized_params=self.parameters.get(name, b""),
             environment_name="main",
             checkpoint_id=f"ch-{task_id}",
             app_layout=self.layout(definition),

@@ -28,6 +28,7 @@ class Plane:
 
     def __init__(self) -> None:
         self.functions: dict[str, api.Function | api.FunctionData] = {}
+        self.parameters: dict[str, bytes] = {}
         self.classes: list[str] = []
         self.secrets: dict[str, list[str]] = {}
         self.secret_names: dict[str, str] = {}
@@ -148,6 +149,8 @@ class Plane:
         metadata = api.FunctionHandleMetadata(
             function_name=function.function_name, function_type=function.function_type
         )
+        if not isinstance(function, api.FunctionPrecreateRequest):
+            metadata.class_parameter_info.CopyFrom(function.class_parameter_info)
         if function.webhook_config.type:
             metadata.web_url = self.web_url
         for name, definition in function.method_definitions.items():
@@ -159,6 +162,16 @@ class Plane:
                 )
             )
         return metadata
+
+    async def FunctionBindParams(self, request: Any) -> Any:
+        """A class with given parameters is a function of its own, named after them."""
+        name = request.function_id.removeprefix("fu-")
+        given = api.ClassParameterSet.FromString(request.serialized_params).parameters
+        bound = f"{name}({', '.join(each.string_value for each in given)})"
+        self.parameters[bound] = request.serialized_params
+        return api.FunctionBindParamsResponse(
+            bound_function_id=f"fu-{bound}", handle_metadata=self._metadata(self.functions[name])
+        )
 
     async def ClassCreate(self, request: Any) -> Any:
         self.classes.append(request.app_id)

@@ -33,7 +33,7 @@ def plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plane]:
 
 def gpu_class(plane: Plane) -> list[api.Function]:
     """The GPU class, once for every GPU type in order of preference."""
-    data = plane.functions["Turbo.*"]
+    data = plane.functions["Generator.*"]
     assert isinstance(data, api.FunctionData)
     return [ranked.function for ranked in sorted(data.ranked_functions, key=lambda r: r.rank)]
 
@@ -51,7 +51,7 @@ def image_of(plane: Plane, function: Any) -> str:
 
 def test_what_is_deployed(plane: Plane) -> None:
     assert set(plane.functions) == {
-        "Turbo.*",
+        "Generator.*",
         "job",
         "webhook",
         "gateway",

@@ -41,6 +41,7 @@ SETTINGS = {
     "ZIMAGE_CONCURRENCY": "2",
 }
 MACHINE = {"ZIMAGE_DEVICE": "cpu"}
+GPU = "Generator.*(turbo)"
 SMALL = {"prompt": "x", "image_size": {"width": 64, "height": 64}, "seed": 1}
 LONG = {"prompt": "x", "image_size": {"width": 384, "height": 384}, "num_images": 4}
 
@@ -125,7 +126,7 @@ def test_the_same_picture_as_on_one_machine(deployment: Deployed, engine: Any) -
     data = base64.b64decode(answer["images"][0]["url"].partition(",")[2])
     again = deployment.http.post(T2I, json={**SMALL, "sync_mode": True}).json()
     assert again["images"] == answer["images"]
-    from gateway.perform import make_task, parse
+    from gateway.inputs import make_task, parse
     from schemas.endpoints import ENDPOINTS
     from schemas.sizes import Size
 
@@ -133,7 +134,7 @@ def test_the_same_picture_as_on_one_machine(deployment: Deployed, engine: Any) -
         acceleration_default = "regular"
 
     params = parse(ENDPOINTS[T2I[1:]], json.dumps(SMALL).encode())
-    task = make_task(params, None, Size(64, 64), Defaults())  # type: ignore[arg-type]
+    task = make_task(params, None, None, Size(64, 64), ENDPOINTS[T2I[1:]], Defaults())  # type: ignore[arg-type]
     here = np.asarray(opened(engine(task).images[0].data), int)
     assert np.abs(here - np.asarray(opened(data), int)).mean() < 8
 
@@ -150,12 +151,12 @@ def test_the_queue(deployment: Deployed) -> None:
 
 
 def test_errors_cost_no_gpu(deployment: Deployed) -> None:
-    before = len(calls(deployment, "Turbo.*"))
+    before = len(calls(deployment, GPU))
     broken = "data:image/png;base64,AAAA"
     answer = deployment.http.post(I2I, json={"prompt": "x", "image_url": broken})
     assert answer.status_code == 422
     assert answer.json()["detail"][0]["loc"] == ["body", "image_url"]
-    assert len(calls(deployment, "Turbo.*")) == before
+    assert len(calls(deployment, GPU)) == before
 
 
 def test_events(deployment: Deployed) -> None:
@@ -200,7 +201,7 @@ def test_an_upload_is_an_input(deployment: Deployed) -> None:
 def test_cancel_stops_between_two_steps(deployment: Deployed) -> None:
     urls = submit(deployment, LONG)
     until(deployment, urls, denoising)
-    (engine_call,) = calls(deployment, "Turbo.*")[-1:]
+    (engine_call,) = calls(deployment, GPU)[-1:]
     assert deployment.http.put(urls["cancel_url"]).status_code == 202
     result = deployment.http.get(urls["response_url"])
     assert (result.status_code, result.json()["error_type"]) == (499, "client_cancelled")
@@ -209,14 +210,14 @@ def test_cancel_stops_between_two_steps(deployment: Deployed) -> None:
     assert deployment.http.post(T2I, json=SMALL).status_code == 200  # the engine is well
 
 
-@pytest.mark.parametrize("machine", ["Turbo.*", "job"])
+@pytest.mark.parametrize("machine", [GPU, "job"])
 def test_a_preempted_machine_costs_nothing_but_time(deployment: Deployed, machine: str) -> None:
-    before = len(calls(deployment, "Turbo.*"))
+    before = len(calls(deployment, GPU))
     urls = submit(deployment, LONG)
     until(deployment, urls, denoising)
     deployment.do(deployment.cloud.preempt(machine))
     assert "error" not in until(deployment, urls, completed), deployment.cloud.log()
-    assert len(calls(deployment, "Turbo.*", before)) == 1  # a new job goes on with the old GPU call
+    assert len(calls(deployment, GPU, before)) == 1  # a new job goes on with the old GPU call
     rows = counted(deployment)
     (row,) = (row for row in rows if row["request_id"] == urls["request_id"])
     assert row["units"] == 4 * 384**2 / 2**20
@@ -236,13 +237,13 @@ def counted(deployment: Deployed) -> list[dict[str, Any]]:
 def test_an_input_that_is_delivered_twice_is_performed_once(deployment: Deployed) -> None:
     urls = submit(deployment, SMALL)
     until(deployment, urls, completed)
-    before = len(calls(deployment, "Turbo.*"))
+    before = len(calls(deployment, GPU))
     first = deployment.http.get(urls["response_url"]).json()
     (job,) = calls(deployment, "job")[-1:]
     deployment.do(deployment.cloud.twice(job.id))
     while job.outputs < 2:
         time.sleep(0.02)
-    assert len(calls(deployment, "Turbo.*")) == before
+    assert len(calls(deployment, GPU)) == before
     assert deployment.http.get(urls["response_url"]).json() == first
 
 
@@ -250,7 +251,7 @@ def test_an_engine_that_kills_its_machine_does_so_three_times(deployment: Deploy
     urls = submit(deployment, LONG)
     for _ in range(3):
         until(deployment, urls, denoising)
-        deployment.do(deployment.cloud.preempt("Turbo.*"))
+        deployment.do(deployment.cloud.preempt(GPU))
         deployment.do(forget_progress(deployment))
     status = until(deployment, urls, completed)
     assert status["error"] == "The runner disconnected 3 times"
@@ -266,24 +267,24 @@ async def forget_progress(deployment: Deployed) -> None:
 def test_no_retry(deployment: Deployed) -> None:
     urls = submit(deployment, LONG, headers={"X-Fal-No-Retry": "1"})
     until(deployment, urls, denoising)
-    deployment.do(deployment.cloud.preempt("Turbo.*"))
+    deployment.do(deployment.cloud.preempt(GPU))
     assert until(deployment, urls, completed)["error_type"] == "runner_disconnected"
 
 
 def test_a_failing_dict_loses_nothing(deployment: Deployed) -> None:
     """The outcome could not be written: Modal performs the job again, with the GPU's work kept."""
-    before = len(calls(deployment, "Turbo.*"))
+    before = len(calls(deployment, GPU))
     urls = submit(deployment, LONG)
     until(deployment, urls, denoising)
     time.sleep(0.2)
     deployment.cloud.failing["DictUpdate"] = [Status.INTERNAL] * 40
-    while not calls(deployment, "Turbo.*", before)[0].result:
+    while not calls(deployment, GPU, before)[0].result:
         time.sleep(0.02)
     while not calls(deployment, "job")[-1].retries:
         time.sleep(0.02)
     deployment.cloud.failing.clear()
     assert "error" not in until(deployment, urls, completed)
-    assert len(calls(deployment, "Turbo.*", before)) == 1
+    assert len(calls(deployment, GPU, before)) == 1
 
 
 def test_a_job_that_cannot_be_performed_is_lost_and_stops_nobody(deployment: Deployed) -> None:
@@ -433,11 +434,11 @@ def test_the_report(deployment: Deployed) -> None:
 def test_a_schedule_makes_its_burst_once(deployment: Deployed) -> None:
     function = deployment.cloud.definition("schedule_burst")
     assert function.schedule.cron.cron_string == "*/5 * * * *"
-    before = len(calls(deployment, "Turbo.*"))
+    before = len(calls(deployment, GPU))
     for _ in range(2):  # Modal's cron, and its retry
         run(deployment, "schedule_burst")
     files = deployment.cloud.volume_files["vo-zimage-scheduled"]
-    rounds = len(calls(deployment, "Turbo.*", before)) // 12
+    rounds = len(calls(deployment, GPU, before)) // 12
     assert rounds in (1, 2)  # two if the clock passed a fifth minute between them
     assert len(files) == 12 * rounds
     assert {opened(data).size for data, _ in files.values()} == {(64, 64)}
@@ -472,7 +473,7 @@ def test_snapshot_modes(tmp_path: Path, mode: str) -> None:
     with deployed(tmp_path, SECRETS, settings, MACHINE) as deployment:
         deployment.http.headers["Authorization"] = f"Key {KEY}"
         assert deployment.http.post(T2I, json=SMALL).status_code == 200, deployment.cloud.log()
-        assert deployment.cloud.checkpoints == (["Turbo.*"] if mode == "gpu" else [])
+        assert deployment.cloud.checkpoints == ([GPU] if mode == "gpu" else [])
 
 
 BREAKS_ONCE = """
@@ -512,8 +513,8 @@ def test_a_gpu_that_breaks_is_replaced(tmp_path: Path) -> None:
         deployment.http.headers["Authorization"] = f"Key {KEY}"
         answer = deployment.http.post(T2I, json=SMALL)
         assert answer.status_code == 200, deployment.cloud.log()
-        assert deployment.cloud.started.count("Turbo.*") == 2 and not flag.exists()
-        assert [each.function for each in deployment.cloud.stopping] == ["Turbo.*"]
+        assert deployment.cloud.started.count(GPU) == 2 and not flag.exists()
+        assert [each.function for each in deployment.cloud.stopping] == [GPU]
         assert any("EngineBroken" in each.exception for each in deployment.cloud.failures)
 
 

@@ -1,0 +1,117 @@
+"""From a request's body to a Task: validate, fetch, decode. All of it before a GPU hears of it."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from pydantic import ValidationError
+
+from gateway.files import URL_PATH, TooLarge, own_name
+from gateway.jobs import Job
+from gateway.services import OnLog, Services
+from media.decode import MAX_BYTES, file_too_large
+from schemas.endpoints import ENDPOINTS, Endpoint
+from schemas.errors import InputError, Loc, ValidationFailed
+from schemas.inputs import Input
+from schemas.sizes import ImageSize, Size, requested_size
+from schemas.task import Picture, Task, Tiling
+
+
+def parse(endpoint: Endpoint, body: bytes) -> Input:
+    """Validate a request body as far as it can be without its picture. Raises InputError."""
+    try:
+        params = endpoint.input.model_validate_json(body)
+    except ValidationError as error:
+        raise ValidationFailed(error) from None
+    params.check()
+    if params.image_size != "auto":
+        requested_size(params.image_size)
+    return params
+
+
+async def read_task(
+    params: Input, job: Job, services: Services, timings: dict[str, float], log: OnLog
+) -> Task:
+    """Fetch and decode what comes with the request. Everything is checked before a GPU hears of it."""
+    fields = dict(params)
+    image, mask, size = None, None, None
+
+    @contextmanager
+    def stage(name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        timings[name] += time.perf_counter() - began
+
+    async def picture(field: str, wanted: ImageSize | str) -> tuple[Picture, Size]:
+        with stage("input_fetch"):
+            data = await _input_bytes(fields[field], ("body", field), job, services)
+        with stage("input_decode"):
+            return await services.decoder(data, wanted, ("body", field))
+
+    if fields.get("image_url") is not None:
+        image, size = await picture("image_url", params.image_size)
+        log(f"input picture ready, generating {size.width}×{size.height}")
+    elif params.image_size == "auto":
+        size = requested_size("square_hd")
+    else:
+        size = requested_size(params.image_size)
+    if fields.get("mask_image_url") is not None:
+        mask, _ = await picture("mask_image_url", ImageSize(**size._asdict()))
+    return make_task(params, image, mask, size, ENDPOINTS[job.endpoint], services)
+
+
+async def _input_bytes(url: str, loc: Loc, job: Job, services: Services) -> bytes:
+    if name := own_name(url):  # a picture of ours: no way through the network
+        try:
+            data = await services.files.get(name, MAX_BYTES)
+        except TooLarge:
+            raise file_too_large(loc) from None
+        if data is not None:
+            return data
+    if url.startswith(job.origin + URL_PATH):
+        raise InputError(loc, "File download error", "file_download_error", input=url)
+    return await services.fetcher(url, loc)
+
+
+def make_task(
+    params: Input,
+    image: Picture | None,
+    mask: Picture | None,
+    size: Size,
+    endpoint: Endpoint,
+    services: Services,
+) -> Task:
+    """Fields that an endpoint does not have get the values that mean "without"."""
+    fields = dict(params)
+    tiling = None
+    if "tiling_mode" in fields:
+        # A patch of the transformer is two latents wide, so windows are, too.
+        tile_size, stride = fields["tile_size"] // 2 * 2, fields["tile_stride"] // 2 * 2
+        tiling = Tiling(fields["tiling_mode"], tile_size, stride)
+    return Task(
+        prompt=params.prompt,
+        width=size.width,
+        height=size.height,
+        steps=params.num_inference_steps,
+        strength=fields["strength"] if image is not None else 1.0,
+        # 32 bits: exact in every client's number type, JavaScript's too.
+        seed=secrets.randbits(32) if params.seed is None else params.seed,
+        num_images=params.num_images,
+        image=image,
+        output_format=params.output_format,
+        safety=params.enable_safety_checker,
+        acceleration=(
+            params.acceleration
+            if "acceleration" in params.model_fields_set
+            else services.acceleration_default
+        ),
+        variant=endpoint.variant,
+        guidance_scale=fields.get("guidance_scale", 0.0),
+        negative_prompt=fields.get("negative_prompt", ""),
+        tiling=tiling,
+        mask=mask,
+        expand_prompt=fields.get("enable_prompt_expansion", False),
+    )

@@ -1,0 +1,42 @@
+"""What an acceleration level means on a device, said before it is done.
+
+`none` is diffusers' own forward. `regular` is the lean forward, which differs by rounding only, and on
+a GPU its blocks compiled. `high` adds 8-bit matrices where the GPU multiplies them; it may change pixels
+within a bound that a test keeps (PSNR ≥ 30 dB). Levels switch from request to request: they share one
+set of weights, and whatever they prepare is kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from schemas.task import Acceleration
+
+FLOAT8_CAPABILITY = (8, 9)
+"""First CUDA compute capability that multiplies 8-bit floating point: Ada, then Hopper and later."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """lean: see `inference.lean`. compiled: its blocks by torch.compile. float8: their matrices."""
+
+    lean: bool
+    compiled: bool = False
+    float8: bool = False
+
+    def __str__(self) -> str:
+        if not self.lean:
+            return "diffusers' own forward"
+        return "lean forward" + ", compiled" * self.compiled + ", float8 matrices" * self.float8
+
+
+def plan(level: Acceleration, device: torch.device) -> Plan:
+    """The plan of a level. On a CPU `high` is `regular`: there is nothing to gain there by 8 bits."""
+    if level == "none":
+        return Plan(lean=False)
+    if device.type != "cuda":
+        return Plan(lean=True)
+    float8 = level == "high" and torch.cuda.get_device_capability(device) >= FLOAT8_CAPABILITY
+    return Plan(lean=True, compiled=True, float8=float8)
