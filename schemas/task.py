@@ -26,6 +26,18 @@ class Picture:
 
 
 @dataclass(frozen=True, slots=True)
+class Lora:
+    """Small changes of the weights for one request.
+
+    digest: names the file, whose contents were checked with `schemas.lora`. scale: finite, how much of
+    the change is applied; 1 is what was trained, 0 nothing, and below 0 is its opposite.
+    """
+
+    digest: str
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
 class Task:
     """One request for `num_images` pictures of exactly width×height pixels.
 
