@@ -110,9 +110,7 @@ def block_of(module: Any) -> Block:
     qkv = fuse([attention.to_q.weight, attention.to_k.weight, attention.to_v.weight])
     return Block(
         qkv=qkv,
-        qk_norm=torch.stack([attention.norm_q.weight, attention.norm_k.weight])
-        .data.unsqueeze(1)
-        .float(),
+        qk_norm=fuse([attention.norm_q.weight, attention.norm_k.weight]).view(2, 1, -1),
         out=attention.to_out[0].weight.data,
         norms=tuple(
             norm.weight.data

@@ -29,7 +29,11 @@ class Picture:
 
 @dataclass(frozen=True, slots=True)
 class Lora:
-    """A low-rank adaptation of the transformer. digest: SHA-256 of its file; scale: 0…4."""
+    """Small changes of the weights for one request.
+
+    digest: SHA-256 of the file, whose header was checked with `schemas.lora`. scale: 0…4, how much of
+    the change is applied; 1 is what was trained, 0 nothing.
+    """
 
     digest: str
     scale: float = 1.0
