@@ -31,6 +31,7 @@ from gateway.terminal import (
     image_size,
     image_url,
     interruptible,
+    path_and_scale,
     refused,
     timings_table,
 )
@@ -99,6 +100,11 @@ def run(
         Format | None, typer.Option(help="jpeg, png or webp; otherwise from OUT's suffix.")
     ] = None,
     acceleration: Annotated[Acceleration | None, typer.Option(help="none, regular, high")] = None,
+    expand: Annotated[bool, typer.Option(help="Have the prompt written out first.")] = False,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(help="PATH:SCALE, up to three times; a file, a URL or owner/repository."),
+    ] = None,
     safety: Annotated[bool, typer.Option(help="Blacken unsafe pictures.")] = True,
     weights: Annotated[
         str | None, typer.Option(help="`demo`, a directory, or a hub id[@revision].")
@@ -119,6 +125,8 @@ def run(
         "image_size": image_size(size),
         "seed": seed,
         "acceleration": acceleration,
+        "enable_prompt_expansion": expand or None,
+        "loras": [path_and_scale(each) for each in lora] if lora else None,
     }
     endpoint = TEXT_TO_IMAGE
     if image != "-":
@@ -126,6 +134,8 @@ def run(
         body["image_url"] = image_url(image)
     elif strength is not None or size == "auto":
         fail("--strength and --size auto need an input picture")
+    if lora:
+        endpoint += "/lora"
     body = {name: value for name, value in body.items() if value is not None}
     settings = _settings(weights=weights)
     _check(endpoint, body)
@@ -344,6 +354,7 @@ def _load(settings: Settings, *wanted: Variant) -> Engines:
             },
             device=settings.device,
             safety_threshold=settings.safety_threshold,
+            loras=settings.lora_directory,
         )
     except WeightsError as error:
         fail(str(error))

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 MINUTES, HOURS = 60, 60 * 60
 PYTHON = "3.12"
-WEIGHTS_DIR, CACHE_DIR, SCHEDULES = "/weights", "/cache", "/schedules.toml"
+WEIGHTS_DIR, CACHE_DIR, LORA_DIR, SCHEDULES = "/weights", "/cache", "/loras", "/schedules.toml"
 
 deployment = read(Deployment)
 service = read(Settings, weights=deployment.weights)
@@ -41,8 +41,9 @@ settings = {
     name: value
     for name, value in os.environ.items()
     if name.startswith("ZIMAGE_")
-    and name.removeprefix("ZIMAGE_") not in ("KEYS", "WEBHOOK_KEY", "HOME", "DEVICE", "SCHEDULES")
-} | {"ZIMAGE_WEIGHTS": deployment.weights}
+    and name.removeprefix("ZIMAGE_")
+    not in ("KEYS", "WEBHOOK_KEY", "HOME", "LORAS", "DEVICE", "SCHEDULES")
+} | {"ZIMAGE_WEIGHTS": deployment.weights, "ZIMAGE_LORAS": LORA_DIR}
 
 gateway_image = (
     modal.Image.debian_slim(python_version=PYTHON)
@@ -95,7 +96,7 @@ gpu_image = (
 
 # ## Storage
 #
-# Weights and compiled kernels; generated pictures, those of schedules apart; usage; the records of
+# Weights, LoRAs, compiled kernels; generated pictures, those of schedules apart; usage; the records of
 # requests, and what is to be done about them later.
 
 weights = modal.Volume.from_name("zimage-weights", create_if_missing=True)
@@ -103,6 +104,7 @@ cache = modal.Volume.from_name("zimage-cache", create_if_missing=True)
 pictures = modal.Volume.from_name("zimage-files", create_if_missing=True, version=2)
 usage = modal.Volume.from_name("zimage-usage", create_if_missing=True, version=2)
 scheduled = modal.Volume.from_name("zimage-scheduled", create_if_missing=True, version=2)
+loras = modal.Volume.from_name("zimage-loras", create_if_missing=True)
 entries = modal.Dict.from_name("zimage-requests", create_if_missing=True)
 tasks = modal.Dict.from_name("zimage-ledger", create_if_missing=True)
 keys = modal.Secret.from_name("zimage-keys", required_keys=["ZIMAGE_KEYS"])
@@ -118,7 +120,7 @@ keys = modal.Secret.from_name("zimage-keys", required_keys=["ZIMAGE_KEYS"])
 @app.cls(
     image=gpu_image,
     gpu=list(deployment.gpu),
-    volumes={WEIGHTS_DIR: weights, CACHE_DIR: cache},
+    volumes={WEIGHTS_DIR: weights, CACHE_DIR: cache, LORA_DIR: loras.read_only()},
     cpu=4.0,
     memory=32 * 1024,
     min_containers=deployment.min_containers,
@@ -145,6 +147,7 @@ class Generator:
             device=service.device or "cuda",
             warm_up=deployment.warm_up_sizes,
             safety_threshold=service.safety_threshold,
+            loras=service.lora_directory,
         )
         self.resident.before_snapshot()
 
@@ -163,6 +166,8 @@ class Generator:
         from gateway.platforms.modal_engine import generate
         from gateway.platforms.modal_records import ModalRecords
 
+        if task.loras:  # a job has put them there since this container started
+            await loras.reload.aio()  # type: ignore[no-untyped-call]
         call_id = modal.current_function_call_id()
         assert call_id is not None
         return await generate(job, task, call_id, ModalRecords(entries), self.engine, self.healthy)
@@ -183,6 +188,7 @@ class Generator:
 
 @app.function(
     image=gateway_image,
+    volumes={LORA_DIR: loras},
     cpu=1.0,
     memory=2048,
     timeout=24 * HOURS,
@@ -214,7 +220,7 @@ def parts() -> "Parts":
 
     engines = {name: Generator(variant=name).generate for name in service.variants}  # type: ignore[call-arg]
     functions = Functions(job, engines, webhook)
-    return Parts(functions, entries, tasks, pictures, usage, scheduled)
+    return Parts(functions, entries, tasks, pictures, usage, scheduled, loras)
 
 
 # ## The gateway

@@ -1,4 +1,4 @@
-"""Input pictures: from data URIs and from URLs that strangers wrote.
+"""Input pictures and other files: from data URIs and from URLs that strangers wrote.
 
 Errors say no more than "could not be downloaded": what the network behind the server looks like is
 nobody's business. Bounds: MAX_BYTES of body, FETCH_SECONDS in all, MAX_REDIRECTS, ports 80 and 443.
@@ -9,10 +9,9 @@ from __future__ import annotations
 import asyncio
 import base64
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from urllib.parse import unquote, unquote_to_bytes
 
-import httpcore2
 import httpx2
 
 from gateway.addresses import Network
@@ -59,14 +58,39 @@ class Fetcher:
             if len(url) < _SMALL_URI:
                 return from_data_uri(url, loc)
             return await asyncio.to_thread(from_data_uri, url, loc)
+        body = bytearray()
+
+        def take(chunk: bytes) -> None:
+            body.extend(chunk)
+            if len(body) > MAX_BYTES:
+                raise file_too_large(loc)
+
+        await self.download(url, take, loc)
+        return bytes(body)
+
+    async def download(
+        self,
+        url: str,
+        take: Callable[[bytes], object],
+        loc: Loc,
+        *,
+        seconds: float | None = None,
+        named: str | None = None,
+    ) -> None:
+        """Hand an http(s) URL's content to `take`, in pieces; what that raises ends it.
+
+        Raises InputError, file_download_error, with what the caller `named` as input.
+        """
         try:
-            async with asyncio.timeout(self._seconds):
-                return await self._download(url, loc)
+            async with asyncio.timeout(seconds or self._seconds):
+                await self._download(url, take)
         except (*UNREACHABLE, httpx2.InvalidURL, Unusable) as error:
             logger.info("fetch of %.200s failed: %s", url, error or type(error).__name__)
-            raise InputError(loc, "File download error", "file_download_error", input=url) from None
+            raise InputError(
+                loc, "File download error", "file_download_error", input=named or url
+            ) from None
 
-    async def _download(self, url: str, loc: Loc) -> bytes:
+    async def _download(self, url: str, take: Callable[[bytes], object]) -> None:
         for _ in range(MAX_REDIRECTS + 1):
             target = checked_url(url)
             async with self._pool.stream(
@@ -80,21 +104,14 @@ class Fetcher:
                     raise Unusable(f"status {response.status}")
                 if headers.get(b"content-encoding", b"identity").lower() != b"identity":
                     raise Unusable("compressed although asked not to")
-                return await _read(response, loc)
+                async for chunk in response.aiter_stream():
+                    take(chunk)
+                return
         raise Unusable("too many redirects")
 
     @property
     def _timeouts(self) -> dict[str, float]:
         return dict.fromkeys(("connect", "read", "write", "pool"), self._seconds)
-
-
-async def _read(response: httpcore2.Response, loc: Loc) -> bytes:
-    body = bytearray()
-    async for chunk in response.aiter_stream():
-        body += chunk
-        if len(body) > MAX_BYTES:
-            raise file_too_large(loc)
-    return bytes(body)
 
 
 def from_data_uri(uri: str, loc: Loc) -> bytes:

@@ -6,6 +6,7 @@ import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from pydantic import ValidationError
 
@@ -17,7 +18,7 @@ from schemas.endpoints import ENDPOINTS, Endpoint
 from schemas.errors import InputError, Loc, ValidationFailed
 from schemas.inputs import Input
 from schemas.sizes import ImageSize, Size, requested_size
-from schemas.task import Picture, Task, Tiling
+from schemas.task import Lora, Picture, Task, Tiling
 
 
 def parse(endpoint: Endpoint, body: bytes) -> Input:
@@ -51,6 +52,11 @@ async def read_task(
         with stage("input_decode"):
             return await services.decoder(data, wanted, ("body", field))
 
+    loras = []
+    for k, lora in enumerate(fields.get("loras", ())):
+        with stage("input_fetch"):
+            digest = await services.loras(lora.path, ("body", "loras", k, "path"))
+        loras.append(Lora(digest, lora.scale))
     if fields.get("image_url") is not None:
         image, size = await picture("image_url", params.image_size)
         log(f"input picture ready, generating {size.width}×{size.height}")
@@ -60,7 +66,8 @@ async def read_task(
         size = requested_size(params.image_size)
     if fields.get("mask_image_url") is not None:
         mask, _ = await picture("mask_image_url", ImageSize(**size._asdict()))
-    return make_task(params, image, mask, size, ENDPOINTS[job.endpoint], services)
+    task = make_task(params, image, mask, size, ENDPOINTS[job.endpoint], services)
+    return replace(task, loras=tuple(loras))
 
 
 async def _input_bytes(url: str, loc: Loc, job: Job, services: Services) -> bytes:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gateway.auth import ANONYMOUS
+from gateway.files import URL_PATH
 from gateway.jobs import Job
 from gateway.platform import View
 from gateway.platforms.local import LocalPlatform
@@ -20,6 +21,7 @@ from gateway.services import GenerateAsync
 from gateway.settings import Settings
 
 _WATCH_SECONDS = 0.05
+LIFETIME = 24 * 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +40,18 @@ async def run_once(
     body: dict[str, Any],
     on_view: Callable[[View], None],
 ) -> Answer:
-    """Submit, watch, collect. `settings.home` is not touched; nothing is left behind."""
+    """Submit, watch, collect. Nothing is left behind but LoRA files.
+
+    A LoRA's path may be a file here.
+    """
     with tempfile.TemporaryDirectory(prefix="zimage-") as home:
-        private = settings.model_copy(update={"home": Path(home)})
+        private = settings.model_copy(update={"home": Path(home), "loras": settings.lora_directory})
         async with LocalPlatform(private, generate) as platform:
+            for lora in body.get("loras", ()):
+                if (file := Path(lora["path"])).is_file():
+                    data = await asyncio.to_thread(file.read_bytes)
+                    name = await platform.files.put(data, "bin", LIFETIME)
+                    lora["path"] = f"http://localhost{URL_PATH}{name}"
             job = Job(str(uuid.uuid4()), endpoint, ANONYMOUS, "file://", time.time())
             await platform.submit(job, json.dumps(body).encode())
             waiting = asyncio.create_task(platform.wait(job.request_id))

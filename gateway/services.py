@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from gateway.decoder import Decoder
 from gateway.fetch import Fetcher
 from gateway.files import Files
+from gateway.loras import LoraStore
 from schemas.task import Acceleration, Progress, Result, Task
 
 OnProgress = Callable[[Progress], None]
@@ -26,6 +27,7 @@ class Services:
     files: Files
     fetcher: Fetcher
     decoder: Decoder
+    loras: LoraStore
     acceleration_default: Acceleration
     retention: float
     resume: Callable[[], Awaitable[tuple[Task, Result] | None]] | None = None

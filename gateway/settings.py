@@ -62,9 +62,18 @@ class Settings(BaseSettings):
     schedules: Path | None = Field(
         None, description="TOML file of schedules, which `zimage serve` and a deployment run."
     )
+    loras: Path | None = Field(
+        None,
+        description="Directory of LoRA files, yours by name and others as they come; by default "
+        "`loras` in ZIMAGE_HOME.",
+    )
     upload_max: int = Field(
         256 * 1024 * 1024, gt=0, description="Bytes that one uploaded file may have."
     )
+
+    @property
+    def lora_directory(self) -> Path:
+        return self.loras or self.home / "loras"
 
     @property
     def variants(self) -> dict[str, str]:

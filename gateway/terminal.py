@@ -33,6 +33,8 @@ _OPTIONS = {
     "num_inference_steps": "--steps",
     "num_images": "--num-images",
     "strength": "--strength",
+    "loras": "--lora",
+    "enable_prompt_expansion": "--expand",
 }
 """A request's fields, as the command line calls them."""
 
@@ -45,6 +47,15 @@ def image_url(image: str) -> str:
         fail(f"IMAGE {image!r} is neither a file nor a URL (use - for text-to-image)")
     content_type = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
     return f"data:{content_type};base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def path_and_scale(lora: str) -> dict[str, object]:
+    """PATH[:SCALE]; a path may have colons of its own."""
+    path, _, scale = lora.rpartition(":")
+    try:
+        return {"path": path, "scale": float(scale)} if path else {"path": lora}
+    except ValueError:
+        return {"path": lora}
 
 
 def image_size(size: str | None) -> object:
@@ -112,7 +123,7 @@ def refused(body: dict[str, Any]) -> NoReturn:
     else:
         for item in detail:
             name = ".".join(map(str, item["loc"][1:])) or "request"
-            name = _OPTIONS.get(name, name)
+            name = _OPTIONS.get(name) or _OPTIONS.get(name.partition(".")[0], name)
             console.print(
                 f"[red]{escape(name)}:[/] {escape(item['msg'])} ({item['type']})", highlight=False
             )

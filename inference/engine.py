@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from inference.autoencoder import Autoencoder, is_out_of_memory, release_memory
 from inference.clock import StageClock
 from inference.expansion import PromptExpander
 from inference.lean import LeanTransformer
+from inference.lora import Loras
 from inference.plan import Plan, plan
 from inference.safety import THRESHOLD, OpenNSFW, SafetyChecker
 from inference.text import PromptEncoder
@@ -42,6 +44,7 @@ from inference.weights import Weights, locate
 from media.decode import to_image
 from media.encode import encode
 from schemas.errors import InputError
+from schemas.lora import LoraError
 from schemas.sizes import generation_size
 from schemas.task import Acceleration, EncodedImage, Progress, Result, Task, TaskCancelled
 
@@ -53,7 +56,13 @@ logger = logging.getLogger(__name__)
 class Engine:
     """Diffusers' own Z-Image components, called by us. Safe to call from several threads."""
 
-    def __init__(self, components: dict[str, Any], safety: SafetyChecker, weights: Weights) -> None:
+    def __init__(
+        self,
+        components: dict[str, Any],
+        safety: SafetyChecker,
+        weights: Weights,
+        loras: Path = Path("loras"),
+    ) -> None:
         self.transformer = components["transformer"]
         self.scheduler = components["scheduler"]
         self.weights = weights
@@ -62,6 +71,7 @@ class Engine:
         self._text_encoder = components["text_encoder"]
         self._encode_prompt = PromptEncoder(components["tokenizer"], self._text_encoder)
         self._expand_prompt = PromptExpander(components["tokenizer"], self._text_encoder)
+        self._loras = Loras(self.transformer, loras)
         self._lean: LeanTransformer | None = None
         self._safety = safety
         self._tensors = threading.Lock()
@@ -76,9 +86,11 @@ class Engine:
         dtype: torch.dtype | None = None,
         safety: SafetyChecker | None = None,
         safety_threshold: float = THRESHOLD,
+        loras: Path = Path("loras"),
     ) -> Engine:
         """Load `demo`, a directory or a hub id from this machine. Raises WeightsError.
 
+        loras: directory of the files that tasks name by their digest.
         device: "cuda", "cpu", …; the first GPU if there is one. dtype: see `default_dtype`.
         """
         from diffusers import ZImagePipeline
@@ -96,7 +108,7 @@ class Engine:
         ).to(device)
         for name in ("transformer", "vae", "text_encoder"):
             getattr(pipeline, name).eval().requires_grad_(False)
-        engine = cls(pipeline.components, safety or OpenNSFW(safety_threshold), weights)
+        engine = cls(pipeline.components, safety or OpenNSFW(safety_threshold), weights, loras)
         logger.info(
             "loaded %s (%s) on %s as %s in %.1f s",
             *(spec, weights.revision, device, dtype, time.perf_counter() - started),
@@ -106,6 +118,7 @@ class Engine:
     def to(self, device: str) -> None:
         """Move all weights to another device."""
         with self._tensors:
+            self._loras.forget()
             self._lean = None
             for model in (self.transformer, self.autoencoder.vae, self._text_encoder):
                 model.to(device)
@@ -204,6 +217,7 @@ class Engine:
                     raise TaskCancelled
 
             with self._turn(cancelled), torch.inference_mode():
+                self._merge(task, clock)
                 if k == 0:
                     with clock.stage("prompt_encode"):
                         velocity = self._velocity(task, how, sigmas, width, height)
@@ -241,6 +255,22 @@ class Engine:
         if not task.guidance_scale:
             return of(task.prompt)
         return guided(of(task.prompt), of(task.negative_prompt), task.guidance_scale)
+
+    def _merge(self, task: Task, clock: StageClock) -> None:
+        """Make the weights the task's; since its last picture another one may have had its turn."""
+        if task.loras == self._loras.active:
+            return
+        with clock.stage("lora"):
+            try:
+                self._loras.apply(task.loras)
+            except LoraError as error:
+                raise InputError(
+                    ("body", "loras"), f"This LoRA cannot be used: {error}", "value_error"
+                ) from None
+            finally:
+                if self._lean is not None:
+                    self._lean.requantize()
+            self._synchronize()
 
     @contextmanager
     def _turn(self, cancelled: Callable[[], bool]) -> Iterator[None]:

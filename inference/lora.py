@@ -27,13 +27,16 @@ from schemas.lora import Adapter, LoraError, adapters
 from schemas.task import Lora
 
 CACHE_BYTES = 2 * 2**30
+ROOM = 8 * 2**30
+"""Bytes of GPU memory left to pictures when pristine weights are kept there, too."""
 
 
 class Loras:
     """What is merged into one transformer. Files are `directory/<digest>.safetensors`.
 
     cache_bytes: of files kept in memory, least recently used ones leave first. backup: device of the
-    pristine weights, up to as many bytes as the transformer has; None for the transformer's own.
+    pristine weights, up to as many bytes as the transformer has; None for the transformer's own while
+    it has ROOM left, and the CPU after that.
     """
 
     def __init__(
@@ -91,9 +94,7 @@ class Loras:
         for name, parts in merges.items():
             weight = weights[name]
             if name not in self._pristine:
-                self._pristine[name] = weight.detach().to(
-                    self._backup_device or weight.device, copy=True
-                )
+                self._pristine[name] = weight.detach().to(self._place(weight), copy=True)
             base = self._pristine[name].to(weight.device).float()
             merged = base.clone()
             for file, scale in parts:
@@ -104,6 +105,11 @@ class Loras:
         # Asked once at the end: every question makes the GPU wait for the CPU.
         if finite and not torch.stack(finite).all():
             raise LoraError("the LoRA drives weights of the model to infinity")
+
+    def _place(self, weight: Tensor) -> str | torch.device:
+        if self._backup_device is None and weight.is_cuda:
+            return weight.device if torch.cuda.mem_get_info(weight.device)[0] > ROOM else "cpu"
+        return self._backup_device or weight.device
 
     def _restore(self, weights: Mapping[str, Tensor], names: set[str]) -> None:
         for name in list(names):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -41,9 +42,10 @@ class SnapshotEngine:
         device: str = "cuda",
         warm_up: Sequence[tuple[int, int]] = ((1024, 1024),),
         safety_threshold: float = THRESHOLD,
+        loras: Path = Path("loras"),
     ) -> None:
         self._spec, self._mode, self._device = spec, mode, device
-        self._warm_up, self._threshold = warm_up, safety_threshold
+        self._warm_up, self._threshold, self._loras = warm_up, safety_threshold, loras
 
     def before_snapshot(self) -> None:
         # Naming the device keeps diffusers and us from asking CUDA whether it is there.
@@ -87,6 +89,7 @@ class SnapshotEngine:
             device=device,
             dtype=torch.bfloat16 if self._device.startswith("cuda") else None,
             safety_threshold=self._threshold,
+            loras=self._loras,
         )
 
     def _warm(self) -> None:

@@ -38,8 +38,13 @@ ENDS = {
 
 
 @pytest.fixture(scope="session")
-def engine() -> Iterator[Engine]:
-    engine = Engine.load("demo", device="cpu", dtype=torch.float32)  # the same on every machine
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    engine = Engine.load(
+        "demo",
+        device="cpu",
+        dtype=torch.float32,  # the same on every machine
+        loras=tmp_path_factory.mktemp("loras"),
+    )
     yield engine
     engine.close()
 
@@ -178,5 +183,6 @@ def serving(
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, engine: Engine) -> Iterator[Server]:
-    with serving(tmp_path_factory.mktemp("home"), engine) as server:
+    loras = engine._loras._directory
+    with serving(tmp_path_factory.mktemp("home"), engine, loras=loras) as server:
         yield server

@@ -27,6 +27,7 @@ from gateway.fetch import Fetcher
 from gateway.files import DirectoryFiles
 from gateway.jobs import Job, Outcome
 from gateway.logs import log_entry, progress_message
+from gateway.loras import LoraStore
 from gateway.perform import perform
 from gateway.platform import Platform, View
 from gateway.platforms.outbox import Outbox
@@ -88,6 +89,7 @@ class LocalPlatform(Platform):
             self.files,
             self._fetcher,
             self._decoder,
+            LoraStore(self._settings.lora_directory, self._fetcher, self.files),
             self._settings.acceleration_default,
             self._settings.retention,
         )

@@ -18,6 +18,7 @@ from gateway.decoder import Decoder
 from gateway.fetch import Fetcher
 from gateway.jobs import Job, Outcome, disconnected
 from gateway.logs import log_entry
+from gateway.loras import LoraStore
 from gateway.perform import perform
 from gateway.platforms.modal import ModalPlatform
 from gateway.platforms.modal_files import VolumeFiles
@@ -67,8 +68,9 @@ async def _run_job(job: Job, body: bytes, parts: Parts, settings: Settings) -> O
         services = Services(
             functools.partial(_generate, job, records, parts.functions.engines),
             parts.files,
-            _fetcher(settings.fetch_allow),
+            fetcher := _fetcher(settings.fetch_allow),
             _decoder(),
+            LoraStore(settings.lora_directory, fetcher, parts.files, parts.loras.commit.aio),
             settings.acceleration_default,
             settings.retention,
             resume=functools.partial(_resume, job, records),

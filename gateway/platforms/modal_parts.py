@@ -39,7 +39,7 @@ class Functions:
 @dataclasses.dataclass(frozen=True, slots=True)
 class Parts:
     """What the app has deployed: functions; Dicts of requests and of what is to be done about them;
-    Volumes of pictures, of usage, and of what schedules make."""
+    Volumes of pictures, of usage, of what schedules make, and of LoRAs."""
 
     functions: Functions
     entries: modal.Dict
@@ -47,6 +47,7 @@ class Parts:
     pictures: modal.Volume
     usage: modal.Volume
     scheduled: modal.Volume
+    loras: modal.Volume
 
     @property
     def records(self) -> ModalRecords:

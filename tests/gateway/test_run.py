@@ -166,7 +166,6 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("sync_mode", {"sync_mode": 7}, "bool_parsing"),
     ("output_format", {"output_format": "bmp"}, "literal_error"),
     ("acceleration", {"acceleration": "max"}, "literal_error"),
-    ("enable_prompt_expansion", {"enable_prompt_expansion": True}, "feature_not_supported"),
 ]
 
 

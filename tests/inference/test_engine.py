@@ -20,8 +20,11 @@ from inference.weights import DEMO_DIRECTORY
 from media.decode import to_picture
 from media.fit import fit
 from schemas.errors import InputError
-from schemas.task import Progress, Result, Task, TaskCancelled
+from schemas.task import Lora, Progress, Result, Task, TaskCancelled
 from tests.conftest import opened
+from tests.inference.lora_files import pairs, save, weights, written
+
+LEVELS = ("none", "regular", "high")
 
 
 @pytest.fixture
@@ -292,6 +295,54 @@ def test_promise_6_weights_without_a_language_model_refuse_expansion(
     with pytest.raises(InputError, match="cannot expand prompts") as refused:
         engine(change(task, expand_prompt=True))
     assert refused.value.detail[0]["loc"] == ["body", "enable_prompt_expansion"]
+
+
+def test_promise_8_a_lora_does_not_leak(engine: Engine, task: Task) -> None:
+    """Through pictures of other tasks in between, refusals, cancels and every level."""
+    base = pairs(weights(engine.transformer), seed=3)
+    strong = save(engine._loras, "a" * 64, written("comfyui", base))
+    half = Lora(strong.digest, 0.5)
+    with pytest.raises(FileNotFoundError):
+        engine(change(task, loras=(Lora("f" * 64),)))
+    foreign = {f"transformer.layers.99.attention.to_q.{name}": torch.ones(2, 2)
+               for name in ("lora_A.weight", "lora_B.weight")}  # fmt: skip
+    misfit = save(engine._loras, "b" * 64, foreign)
+
+    before = {level: only(engine(change(task, acceleration=level))) for level in LEVELS}
+    adapted = only(engine(change(task, loras=(strong,))))
+    assert adapted != before["regular"]
+    assert psnr(adapted, only(engine(change(task, loras=(strong,), acceleration="none")))) > 45
+    assert engine(task).timings["lora"] > 0 and "lora" not in engine(task).timings
+    assert only(engine(change(task, loras=(half,)))) not in (adapted, before["regular"])
+    with pytest.raises(InputError, match=r"no layers\.99") as refused:
+        engine(change(task, loras=(strong, misfit)))
+    assert refused.value.detail[0]["loc"] == ["body", "loras"]
+    with pytest.raises(TaskCancelled):
+        asked: list[int] = []
+        engine(change(task, loras=(strong,)), cancelled=lambda: asked.append(1) or len(asked) > 3)
+    assert only(engine(change(task, loras=(strong,)))) == adapted
+    for level in LEVELS:
+        assert only(engine(change(task, acceleration=level))) == before[level]
+
+
+def test_promise_8_another_task_between_two_pictures(engine: Engine, task: Task) -> None:
+    """The lock is free between pictures: whoever has it next has the weights it asked for."""
+    lora = save(engine._loras, "c" * 64, written("kohya", pairs(weights(engine.transformer), 5)))
+    two = change(task, loras=(lora,), num_images=2)
+    alone, plain = [image.data for image in engine(two).images], only(engine(task))
+    between: list[bytes] = []
+
+    def disturb(progress: Progress) -> None:
+        if progress.image == 1 and progress.step == progress.steps:
+            thread = threading.Thread(target=lambda: between.append(only(engine(task))))
+            thread.start()
+            threads.append(thread)
+
+    threads: list[threading.Thread] = []
+    together = [image.data for image in engine(two, disturb).images]
+    for thread in threads:
+        thread.join()
+    assert together == alone and between == [plain]
 
 
 def test_prompt_and_picture_are_encoded_once(engine: Engine, task: Task) -> None:
