@@ -1,14 +1,14 @@
 """Seamless pictures: opposite edges match, so that copies laid side by side show no seam.
 
-    without_border → circular → periodic_positions, seamless, keep → composite
+    without_border → circular → periodic_positions, seamless, keep → composite, resize
 
 A mode names the axes that wrap: "horizontal" joins the left edge to the right one, "vertical" the
 top to the bottom. An axis that does not wrap is left as it is without tiling. Three things draw a
 seam, and each is made periodic: the VAE's padding, the transformer's positions, the input picture.
 
 An axis that fits in one tile costs one forward per step. On a longer one, overlapping tiles of
-tile_size every tile_stride, around the edge, are blended; only axes that wrap are cut into tiles.
-So a step takes ceil(width / stride) · ceil(height / stride) forwards, each counting longer axes only.
+`size` every `stride`, around the edge, are blended; only axes that wrap are cut into tiles. So a step
+takes ceil(width / stride) · ceil(height / stride) forwards, each counting longer axes only.
 
 All is a function of sizes alone: seeds keep their meaning. What was measured, and rejected, is in
 docs/measurements/2026-11-22-tiling.json. Latents are float32 (C, h, w), h and w even. Knows no
@@ -19,44 +19,38 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import product
-from typing import Any, Literal
+from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch.nn import functional
 
 from inference import sampling
+from inference.velocity import Velocity
+from schemas.task import Tiling
 
-Mode = Literal["both", "horizontal", "vertical"]
-Velocity = Callable[[torch.Tensor, int], torch.Tensor]
-"""(latents (C, h, w), index of the step from 0) → noise − z, of the same shape."""
+DENSEST = 4
+"""Tiles overlap at most so many deep along an axis: beyond, they cost and change nothing."""
 
 
-@dataclass(frozen=True, slots=True)
-class Tiling:
-    """tile_size 32…256, tile_stride 16…128, in latents (8 pixels), both rounded down to even numbers
-    as the transformer's patches are 2 wide. A stride above the size means the size: no gaps."""
+def tiles(tiling: Tiling, length: int, wraps: bool) -> tuple[list[int], int]:
+    """First latents and size of the tiles along an axis; a last tile reaches around the edge."""
+    if not wraps or length <= tiling.size:
+        return [0], length
+    stride = min(max(tiling.stride, tiling.size // DENSEST), tiling.size)
+    count = math.ceil(length / stride)
+    # Evenly spaced, half a space in: the picture's edge lies inside a tile.
+    return [(2 * k + 1) * (length // 2) // (2 * count) * 2 for k in range(count)], tiling.size
 
-    mode: Mode = "both"
-    tile_size: int = 128
-    tile_stride: int = 64
 
-    @property
-    def wraps(self) -> tuple[bool, bool]:
-        """(vertical, horizontal): whether rows and columns wrap, in the order of a tensor's axes."""
-        return self.mode != "horizontal", self.mode != "vertical"
-
-    def tiles(self, length: int, wraps: bool) -> tuple[list[int], int]:
-        """First latents and size of the tiles along an axis; a last tile reaches around the edge."""
-        size = self.tile_size // 2 * 2
-        if not wraps or length <= size:
-            return [0], length
-        count = math.ceil(length / min(self.tile_stride // 2 * 2, size))
-        # Evenly spaced, half a space in: the picture's edge lies inside a tile.
-        return [(2 * k + 1) * (length // 2) // (2 * count) * 2 for k in range(count)], size
+def tile(tiling: Tiling, height: int, width: int) -> tuple[int, int]:
+    """Height and width of the latents that a forward sees."""
+    vertical, horizontal = tiling.wraps
+    return tiles(tiling, height, vertical)[1], tiles(tiling, width, horizontal)[1]
 
 
 def without_border(pixels: torch.Tensor, tiling: Tiling) -> torch.Tensor:
@@ -123,7 +117,7 @@ def periodic_positions(transformer: Any, tiling: Tiling, height: int, width: int
     rope, before = transformer.rope_embedder, transformer.rope_embedder.freqs_cis
     tables = list(before or rope.precompute_freqs_cis(rope.axes_dims, rope.axes_lens, rope.theta))
     for axis, length, wraps in zip((1, 2), (height, width), tiling.wraps, strict=True):
-        if wraps and tiling.tiles(length, wraps)[1] == length:
+        if wraps and tiles(tiling, length, wraps)[1] == length:
             patches, dim = length // 2, rope.axes_dims[axis]
             turns = patches / (2 * math.pi * rope.theta ** (torch.arange(0, dim, 2).double() / dim))
             angles = 2 * math.pi / patches * turns.round()
@@ -143,7 +137,9 @@ def seamless(velocity: Velocity, tiling: Tiling) -> Velocity:
     """
 
     def blended(latents: torch.Tensor, i: int) -> torch.Tensor:
-        (tops, height), (lefts, width) = map(tiling.tiles, latents.shape[1:], tiling.wraps)
+        vertical, horizontal = tiling.wraps
+        tops, height = tiles(tiling, latents.shape[1], vertical)
+        lefts, width = tiles(tiling, latents.shape[2], horizontal)
         if len(tops) == len(lefts) == 1:
             return velocity(latents, i)
         weight = torch.outer(_weights(tops, height), _weights(lefts, width)).to(latents.device)
@@ -196,3 +192,16 @@ def composite(generated: torch.Tensor, original: torch.Tensor, mask: torch.Tenso
     """
     alpha = mask[..., None].float() / 255
     return (original + alpha * (generated.float() - original)).round().to(torch.uint8)
+
+
+def resize(image: Image.Image, width: int, height: int) -> Image.Image:
+    """To an exact size whose edges match still: Lanczos, reading around the edge.
+
+    Cropping, which other pictures get, would take the edges away.
+    """
+    if image.size == (width, height):
+        return image
+    margin = 16
+    around = np.pad(np.asarray(image), ((margin, margin), (margin, margin), (0, 0)), mode="wrap")
+    box = (margin, margin, margin + image.width, margin + image.height)
+    return Image.fromarray(around).resize((width, height), Image.Resampling.LANCZOS, box=box)

@@ -43,12 +43,17 @@ class Lora:
 class Tiling:
     """A picture that continues into itself. "horizontal": its left edge continues its right one.
 
-    size and stride: of the windows it is made in, in latents (8 pixels each).
+    size, stride: of the tiles that a longer picture is made of, in latents (8 pixels each), even.
     """
 
     mode: TilingMode = "both"
     size: int = 128
     stride: int = 64
+
+    @property
+    def wraps(self) -> tuple[bool, bool]:
+        """(vertical, horizontal): whether rows and columns wrap, in the order of a tensor's axes."""
+        return self.mode != "horizontal", self.mode != "vertical"
 
 
 @dataclass(frozen=True, slots=True)

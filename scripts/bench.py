@@ -64,7 +64,7 @@ def engine(rounds: int = 15) -> list[Row]:
     from schemas.task import Task
 
     ours = Engine.load("demo", device="cpu")
-    dtype = ours.transformer.dtype
+    dtype = ours.models.transformer.dtype
     bare = ZImageImg2ImgPipeline.from_pretrained(locate("demo").path, dtype=dtype)
     bare.set_progress_bar_config(disable=True)
 

@@ -200,10 +200,10 @@ def photographs(engine: Engine, side: int = 256) -> dict[str, float]:
         square = picture[None, :, top : top + edge, left : left + edge]
         square = F.interpolate(square, (side, side), mode="area") * 2 - 1
         with torch.inference_mode():
-            latents = engine.autoencoder.vae.encode(
-                square.to(engine.autoencoder.vae.dtype)
+            latents = engine.models.autoencoder.vae.encode(
+                square.to(engine.models.autoencoder.vae.dtype)
             ).latent_dist.mode()
-            decoded = engine.autoencoder.vae.decode(latents).sample[0]
+            decoded = engine.models.autoencoder.vae.decode(latents).sample[0]
         got = sampling.to_pixels(decoded).permute(2, 0, 1).float() / 255
         error = (got - (square[0] + 1) / 2).square().mean()
         result[f"PSNR: {name}"] = -10 * float(error.log10())

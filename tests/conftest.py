@@ -183,6 +183,6 @@ def serving(
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, engine: Engine) -> Iterator[Server]:
-    loras = engine._loras._directory
+    loras = engine.models.loras._directory
     with serving(tmp_path_factory.mktemp("home"), engine, loras=loras) as server:
         yield server

@@ -29,7 +29,7 @@ SMALL: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def lora_file(engine: Engine) -> bytes:
-    changes = pairs(weights(engine.transformer), seed=3)
+    changes = pairs(weights(engine.models.transformer), seed=3)
     return save_tensors({k: v.clone() for k, v in written("fused", changes).items()})
 
 
@@ -123,7 +123,7 @@ def test_a_lora_from_everywhere(
     tmp_path: Path, engine: Engine, lora_file: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A URL, one that redirects, an upload, a repository, a name: the same picture."""
-    directory = engine._loras._directory
+    directory = engine.models.loras._directory
     with hub() as (url, site):
         site.files |= {
             "/lora.safetensors": lora_file,
@@ -172,7 +172,7 @@ def test_loras_that_are_refused_before_the_engine_hears_of_them(
             f"unet.down_blocks.0.attn.{name}.weight": tensor
             for name, tensor in zip(
                 ("lora_A", "lora_B"),
-                pairs(weights(engine.transformer))["cap_embedder.1"],
+                pairs(weights(engine.models.transformer))["cap_embedder.1"],
                 strict=True,
             )
         }

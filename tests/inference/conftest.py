@@ -17,7 +17,7 @@ from tests.inference.lora_files import same_bytes
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def transformer(engine: Engine, request: pytest.FixtureRequest) -> torch.nn.Module:
     """The demo transformer, apart from the engine's."""
-    return copy.deepcopy(engine.transformer).to(request.param)
+    return copy.deepcopy(engine.models.transformer).to(request.param)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from inference import sampling
 from inference.engine import Engine
 from inference.plan import Plan
 from inference.weights import DEMO_DIRECTORY
-from media.decode import to_picture
+from media.decode import to_image, to_picture
 from media.fit import fit
 from schemas.errors import InputError
 from schemas.task import Lora, Progress, Result, Task, TaskCancelled
@@ -80,9 +80,10 @@ def test_image_to_image_is_the_reference_pipeline(
     """Given our start latents and its own schedule, the i2i pipeline makes the same picture."""
     assert task.image is not None
     n = sampling.forwards(8, strength)
-    sigma = float(sampling.sigmas(engine.scheduler, 8, strength, 80)[0])
+    sigma = float(sampling.sigmas(engine.models.scheduler, 8, strength, 80)[0])
     with torch.inference_mode():
-        z = engine.autoencoder.encode(task.image)
+        rgb = torch.tensor(np.asarray(to_image(task.image)))
+        z = engine.models.autoencoder.encode(sampling.from_pixels(rgb))
     start = sampling.start(z, sampling.noise(7, 16, 160, 128), sigma)
     theirs = reference(
         ZImageImg2ImgPipeline,
@@ -219,7 +220,7 @@ def test_out_of_memory_in_the_decoder(
 ) -> None:
     """Once: in tiles. Twice: refused, and the next picture is as ever."""
     before = only(engine(task))
-    vae, decode, tiled = engine.autoencoder.vae, engine.autoencoder.vae.decode, []
+    vae, decode, tiled = engine.models.autoencoder.vae, engine.models.autoencoder.vae.decode, []
 
     def short_of_memory(*arguments: Any, **options: Any) -> Any:
         tiled.append(vae.use_tiling)
@@ -244,17 +245,7 @@ def test_promise_5_flagged_pictures_are_black(engine: Engine, task: Task) -> Non
     """The shipped model with a threshold that every picture reaches."""
     from inference.safety import OpenNSFW
 
-    strict = Engine(
-        {
-            "transformer": engine.transformer,
-            "vae": engine.autoencoder.vae,
-            "scheduler": engine.scheduler,
-            "tokenizer": engine._encode_prompt._tokenizer,
-            "text_encoder": engine._text_encoder,
-        },
-        OpenNSFW(threshold=1e-6),
-        engine.weights,
-    )
+    strict = Engine(engine.models, OpenNSFW(threshold=1e-6))
     for format, exact in (("png", True), ("jpeg", False), ("webp", False)):
         result = strict(change(task, num_images=2, output_format=format))
         for image in result.images:
@@ -299,14 +290,14 @@ def test_promise_6_weights_without_a_language_model_refuse_expansion(
 
 def test_promise_8_a_lora_does_not_leak(engine: Engine, task: Task) -> None:
     """Through pictures of other tasks in between, refusals, cancels and every level."""
-    base = pairs(weights(engine.transformer), seed=3)
-    strong = save(engine._loras, "a" * 64, written("comfyui", base))
+    base = pairs(weights(engine.models.transformer), seed=3)
+    strong = save(engine.models.loras, "a" * 64, written("comfyui", base))
     half = Lora(strong.digest, 0.5)
     with pytest.raises(FileNotFoundError):
         engine(change(task, loras=(Lora("f" * 64),)))
     foreign = {f"transformer.layers.99.attention.to_q.{name}": torch.ones(2, 2)
                for name in ("lora_A.weight", "lora_B.weight")}  # fmt: skip
-    misfit = save(engine._loras, "b" * 64, foreign)
+    misfit = save(engine.models.loras, "b" * 64, foreign)
 
     before = {level: only(engine(change(task, acceleration=level))) for level in LEVELS}
     adapted = only(engine(change(task, loras=(strong,))))
@@ -327,7 +318,11 @@ def test_promise_8_a_lora_does_not_leak(engine: Engine, task: Task) -> None:
 
 def test_promise_8_another_task_between_two_pictures(engine: Engine, task: Task) -> None:
     """The lock is free between pictures: whoever has it next has the weights it asked for."""
-    lora = save(engine._loras, "c" * 64, written("kohya", pairs(weights(engine.transformer), 5)))
+    lora = save(
+        engine.models.loras,
+        "c" * 64,
+        written("kohya", pairs(weights(engine.models.transformer), 5)),
+    )
     two = change(task, loras=(lora,), num_images=2)
     alone, plain = [image.data for image in engine(two).images], only(engine(task))
     between: list[bytes] = []
@@ -348,8 +343,10 @@ def test_promise_8_another_task_between_two_pictures(engine: Engine, task: Task)
 def test_prompt_and_picture_are_encoded_once(engine: Engine, task: Task) -> None:
     calls: list[str] = []
     hooks = [
-        engine.autoencoder.vae.encoder.register_forward_hook(lambda *_: calls.append("picture")),
-        engine._text_encoder.register_forward_hook(lambda *_: calls.append("prompt")),
+        engine.models.autoencoder.vae.encoder.register_forward_hook(
+            lambda *_: calls.append("picture")
+        ),
+        engine.models.text_encoder.register_forward_hook(lambda *_: calls.append("prompt")),
     ]
     try:
         engine(change(task, prompt="never said before", num_images=3))

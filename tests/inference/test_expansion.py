@@ -30,7 +30,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_promise_6_the_encoder_is_the_language_model(engine: Engine, tokenizer: Any) -> None:
     """No tensor of its own, and the words of transformers' own model of the same weights."""
-    encoder = engine._text_encoder
+    encoder = engine.models.text_encoder
     model = as_language_model(encoder)
     storages = {tensor.data_ptr() for tensor in encoder.parameters()}
     assert {tensor.data_ptr() for tensor in model.parameters()} == storages
@@ -49,9 +49,9 @@ def test_promise_6_the_encoder_is_the_language_model(engine: Engine, tokenizer: 
 
 
 def test_expanded_once(engine: Engine, tokenizer: Any) -> None:
-    expander = PromptExpander(tokenizer, engine._text_encoder)
+    expander = PromptExpander(tokenizer, engine.models.text_encoder)
     calls: list[int] = []
-    hook = engine._text_encoder.register_forward_hook(lambda *_: calls.append(1))
+    hook = engine.models.text_encoder.register_forward_hook(lambda *_: calls.append(1))
     try:
         first = expander("a cat")
         assert len(calls) == 12  # the key-value cache: one forward a token, no more
@@ -61,14 +61,14 @@ def test_expanded_once(engine: Engine, tokenizer: Any) -> None:
 
 
 def test_late_is_short_and_not_remembered(engine: Engine, tokenizer: Any) -> None:
-    expander = PromptExpander(tokenizer, engine._text_encoder, seconds=0.0)
+    expander = PromptExpander(tokenizer, engine.models.text_encoder, seconds=0.0)
     assert expander("a cat") and not expander._cache
 
 
 def test_cancelled_between_two_tokens(engine: Engine, tokenizer: Any) -> None:
     asked: list[int] = []
     with pytest.raises(TaskCancelled):
-        PromptExpander(tokenizer, engine._text_encoder)(
+        PromptExpander(tokenizer, engine.models.text_encoder)(
             "a cat", lambda: asked.append(1) or len(asked) > 3
         )
     assert len(asked) == 4

@@ -196,7 +196,7 @@ def test_the_reference_pipeline_merges_the_same(
     pytest.importorskip("peft")
     from diffusers import ZImagePipeline
 
-    loras = Loras(copy.deepcopy(engine.transformer), tmp_path)
+    loras = Loras(copy.deepcopy(engine.models.transformer), tmp_path)
     if layout in LAYOUTS:
         adapters = pairs(weights(loras._transformer))
         if layout == "fused kohya":  # outside attention, it ignores the original names

@@ -15,7 +15,7 @@ TASK = Task("a cat", 64, 48, steps=2, strength=1.0, seed=3, num_images=1)
 @pytest.fixture(autouse=True)
 def float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """As the engine that pictures are compared with."""
-    monkeypatch.setattr("inference.engine.default_dtype", lambda device: torch.float32)
+    monkeypatch.setattr("inference.models.default_dtype", lambda device: torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_a_snapshot_that_is_no_good_is_replaced(
     resident = SnapshotEngine("demo", mode, device="cpu", warm_up=[(32, 32)])
     resident.before_snapshot()
     broken = resident.engine
-    broken.transformer = None  # as memory that did not come back
+    broken.models.transformer = None  # as memory that did not come back
     assert not resident.after_restore()
     assert resident.engine is not broken and resident.engine(TASK).images == engine(TASK).images
     assert "the snapshot cannot be used" in caplog.text
@@ -65,7 +65,7 @@ def test_a_snapshot_that_is_no_good_is_replaced(
 def test_without_a_snapshot_a_failure_is_a_failure() -> None:
     resident = SnapshotEngine("demo", "off", device="cpu", warm_up=[(32, 32)])
     resident.before_snapshot()
-    resident.engine.transformer = None
+    resident.engine.models.transformer = None
     with pytest.raises(AttributeError):
         resident.after_restore()
     resident.engine.close()
@@ -74,5 +74,5 @@ def test_without_a_snapshot_a_failure_is_a_failure() -> None:
 def test_moving_an_engine_forgets_embeddings_of_the_old_device(engine: Engine) -> None:
     before = engine(TASK).images
     engine.to("cpu")
-    assert not engine._encode_prompt._cache
+    assert not engine.models.encode_prompt._cache
     assert engine(TASK).images == before

@@ -493,7 +493,7 @@ class Finder(importlib.abc.MetaPathFinder):
                 served = after_restore(self)
                 if os.path.exists(FLAG):
                     os.remove(FLAG)
-                    self.engine.transformer = None  # as after an error of the GPU
+                    self.engine.models.transformer = None  # as after an error of the GPU
                 return served
             module.SnapshotEngine.after_restore = broken_later
         spec.loader.exec_module = patched
