@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from gateway.decoder import Decoder
 from gateway.fetch import Fetcher
-from gateway.files import URL_PATH, Files, TooLarge, own_name
+from gateway.files import SMALL, URL_PATH, Files, TooLarge, own_name
 from gateway.jobs import Job, Outcome
 from media.decode import MAX_BYTES, file_too_large
 from media.encode import CONTENT_TYPES
@@ -179,7 +179,8 @@ async def _store(
 ) -> ImageFile:
     content_type = CONTENT_TYPES[task.output_format]
     if inline:
-        encoded = await asyncio.to_thread(base64.b64encode, data)
+        encode = base64.b64encode
+        encoded = encode(data) if len(data) <= SMALL else await asyncio.to_thread(encode, data)
         url, name = f"data:{content_type};base64,{encoded.decode()}", f"image.{task.output_format}"
     else:
         lifetime = job.terms.file_lifetime
