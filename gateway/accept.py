@@ -95,7 +95,8 @@ def origin(connection: HTTPConnection) -> str:
     host = connection.headers.get("host", "")
     if not _HOST.fullmatch(host):
         raise ServiceError(400, "Malformed Host header", "bad_request")
-    scheme = {"ws": "http", "wss": "https"}.get(connection.url.scheme, connection.url.scheme)
+    given = connection.scope["scheme"]
+    scheme = {"ws": "http", "wss": "https"}.get(given, given)
     return f"{scheme}://{host}"
 
 

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp
 
 from gateway import openapi
 from gateway.auth import Keys
+from gateway.direct import Direct
 from gateway.middleware import FalHeaders, FalHosts, Proxy
 from gateway.platform import Platform
 from gateway.responses import error_response, json_response
@@ -61,14 +62,24 @@ def create_app(
 
     app = FastAPI(title="Z-Image", version="0.1.0", lifespan=lifespan, redoc_url=None)
     app.state.settings, app.state.platform, app.state.keys = settings, platform, keys
-    for module in (health, storage, files, jwks, realtime, stream, run, queue):
+    for module in (
+        run,
+        queue,
+        files,
+        stream,
+        realtime,
+        storage,
+        jwks,
+        health,
+    ):  # asked in this order
         app.include_router(module.router)
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _unexpected)
     app.openapi = lambda: openapi.document(app)  # type: ignore[method-assign]
     # Outside of everything, so that no answer lacks their headers.
-    return CORSMiddleware(FalHeaders(Proxy(FalHosts(app))), **BROWSERS)
+    direct = Direct(app, {**run.POSTS, **queue.POSTS}, _api_error, _unexpected)
+    return CORSMiddleware(FalHeaders(Proxy(FalHosts(direct))), **BROWSERS)
 
 
 async def _api_error(request: Request, error: Exception) -> Response:

@@ -34,6 +34,9 @@ FOREVER = 100 * 365.25 * 24 * 3600
 
 CHUNK = 1 << 20
 
+SMALL = 64 * 1024
+"""Bytes up to which writing is quicker than asking a thread to."""
+
 PART_SECONDS = 24 * 3600.0
 """Age at which parts of an upload that was never completed are deleted."""
 
@@ -106,7 +109,10 @@ class DirectoryFiles(Files):
 
     async def put(self, data: bytes, suffix: str, lifetime: float) -> str:
         name = new_name(suffix, lifetime)
-        await asyncio.to_thread(write_whole, self._directory / name, data)
+        if len(data) <= SMALL:
+            write_whole(self._directory / name, data)
+        else:
+            await asyncio.to_thread(write_whole, self._directory / name, data)
         return name
 
     async def stream(self, name: str) -> AsyncIterator[bytes] | None:

@@ -39,7 +39,8 @@ class FalHeaders:
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
-                headers.setdefault("x-fal-request-id", str(uuid.uuid4()))
+                if "x-fal-request-id" not in headers:
+                    headers["x-fal-request-id"] = str(uuid.uuid4())
                 headers.setdefault("x-fal-billable-units", "0")
             await send(message)
 

@@ -13,7 +13,7 @@ import base64
 import logging
 import time
 
-from gateway.files import URL_PATH
+from gateway.files import SMALL, URL_PATH
 from gateway.inputs import parse, read_task
 from gateway.jobs import Job, Outcome
 from gateway.services import OnLog, OnProgress, Services
@@ -89,7 +89,8 @@ async def _store(
 ) -> ImageFile:
     content_type = CONTENT_TYPES[task.output_format]
     if inline:
-        encoded = await asyncio.to_thread(base64.b64encode, data)
+        encode = base64.b64encode
+        encoded = encode(data) if len(data) <= SMALL else await asyncio.to_thread(encode, data)
         url, name = f"data:{content_type};base64,{encoded.decode()}", f"image.{task.output_format}"
     else:
         lifetime = job.terms.file_lifetime

@@ -32,6 +32,9 @@ class _Headers(BaseModel):
     ] = None
 
 
+_NAMES = [field.alias for field in _Headers.model_fields.values() if field.alias]
+
+
 class _Acl(BaseModel):
     default: Literal["allow"] = "allow"
 
@@ -73,8 +76,7 @@ class _Query(BaseModel):
 
 def read_terms(headers: Mapping[str, str], query: Mapping[str, str]) -> Terms:
     """Raises ValidationFailed, with `loc` ("header" | "query", name)."""
-    names = [field.alias for field in _Headers.model_fields.values() if field.alias]
-    given = {name: headers[name] for name in names if name in headers}
+    given = {name: headers[name] for name in _NAMES if name in headers}
     try:
         known = _Headers.model_validate(given)
     except ValidationError as error:

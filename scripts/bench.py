@@ -1,9 +1,11 @@
 """Measurements, side by side in one run: ratios mean something, seconds depend on the machine.
 
-    python scripts/bench.py [engine] [gateway] [encode] [--json FILE]
+    python scripts/bench.py [engine] [gateway] [encode] [--peers PYTHON] [--json FILE]
 
 engine   our engine against a bare diffusers script on the same demo weights, in the same dtype
-gateway  what the service adds to an engine that takes no time, and how status answers under load
+gateway  the service over an engine that takes no time, against LitServe and BentoML over the same;
+         and how status answers under load. The two need an environment of their own:
+         `python -m venv peers && peers/bin/pip install litserve bentoml`, `--peers peers/bin/python`
 encode   file formats at a megapixel, ours against Pillow's defaults
 """
 
@@ -25,13 +27,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from peer_bench import against_peers
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
+from serving import NO_OP_SERVER, Row, Serving
 
 ROOT = Path(__file__).parent.parent
 CAT = ROOT / "examples" / "cat.jpg"
-Row = dict[str, Any]
 
 console = Console()
 
@@ -115,11 +118,8 @@ def engine(rounds: int = 15) -> list[Row]:
     return rows
 
 
-NO_OP_SERVER = ROOT / "scripts" / "no_op_server.py"
-
-
-def gateway(requests: int = 400) -> list[Row]:
-    rows = [imports()]
+def gateway(peers: Path, requests: int = 400) -> list[Row]:
+    rows = [*against_peers(peers, console.print), imports()]
     photo = "data:image/jpeg;base64," + base64.b64encode(CAT.read_bytes()).decode()
     small = {"prompt": "x", "image_size": {"width": 64, "height": 64}}
     with (
@@ -209,36 +209,6 @@ def latencies(case: str, seconds: list[float]) -> Row:
     }
 
 
-class Serving:
-    """A server in a process of its own, `command home [option] port`, and a client for it."""
-
-    def __init__(self, command: list[str], home: str, option: str | None = None) -> None:
-        import socket
-
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self.port = probe.getsockname()[1]
-        self._command = [*command, home, *([option] if option else []), str(self.port)]
-
-    def __enter__(self) -> Any:
-        import httpx2
-
-        self._process = subprocess.Popen(self._command, stderr=subprocess.DEVNULL)
-        self._http = httpx2.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=60)
-        while True:
-            try:
-                self._http.get("/ready")
-                return self._http
-            except httpx2.ConnectError:
-                if self._process.poll() is not None:
-                    raise SystemExit(f"{self._command[0]} did not start") from None
-                time.sleep(0.05)
-
-    def __exit__(self, *exc: object) -> None:
-        self._http.close()
-        self._process.terminate()
-        self._process.wait()
-
-
 def encode(rounds: int = 5) -> list[Row]:
     from media.encode import CONTENT_TYPES as FORMATS
     from media.encode import encode as ours
@@ -271,9 +241,6 @@ def encode(rounds: int = 5) -> list[Row]:
     return rows
 
 
-PARTS: dict[str, Callable[[], list[Row]]] = {"engine": engine, "gateway": gateway, "encode": encode}
-
-
 def show(title: str, rows: list[Row]) -> None:
     names = list(dict.fromkeys(name for row in rows for name in row))
     table = Table(*names, title=title)
@@ -287,14 +254,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("parts", nargs="*", metavar="part", help=", ".join(PARTS))
+    parser.add_argument("parts", nargs="*", metavar="part", help="engine, gateway, encode")
     parser.add_argument("--json", type=Path, help="write the figures here, too")
+    parser.add_argument(
+        "--peers", type=Path, default=sys.executable, help="an interpreter that has the peers"
+    )
     arguments = parser.parse_args()
-    if unknown := set(arguments.parts) - set(PARTS):
+    parts: dict[str, Callable[[], list[Row]]] = {
+        "engine": engine,
+        "gateway": partial(gateway, arguments.peers),
+        "encode": encode,
+    }
+    if unknown := set(arguments.parts) - set(parts):
         parser.error(f"unknown part: {', '.join(unknown)}")
     results = {}
-    for name in arguments.parts or PARTS:
-        results[name] = PARTS[name]()
+    for name in arguments.parts or parts:
+        results[name] = parts[name]()
         show(name, results[name])
     if arguments.json:
         arguments.json.write_text(json.dumps({"machine": machine(), **results}, indent=2) + "\n")
@@ -304,7 +279,16 @@ def machine() -> dict[str, Any]:
     import os
     from importlib.metadata import version
 
-    names = ("torch", "diffusers", "transformers", "pillow", "fastapi", "uvicorn")
+    names = (
+        "torch",
+        "diffusers",
+        "transformers",
+        "pillow",
+        "fastapi",
+        "uvicorn",
+        "uvloop",
+        "pydantic",
+    )
     return {
         "date": time.strftime("%Y-%m-%d"),
         "processor": next(

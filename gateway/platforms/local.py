@@ -50,6 +50,7 @@ suspected when the process dies."""
 POSITION_SECONDS = 1.0
 """How often watchers of queued requests look at their position."""
 
+CHECKPOINT_SECONDS = 0.1
 SWEEP_SECONDS = 60.0
 RETRY_SECONDS = 1.0
 
@@ -106,6 +107,7 @@ class LocalPlatform(Platform):
             self._expire_later(job)
         self._tasks = [asyncio.create_task(self._work(services)) for _ in range(PREPARING)]
         self._tasks.append(asyncio.create_task(self._housekeeping()))
+        self._tasks.append(asyncio.create_task(self._checkpoints()))
         self._tasks.append(asyncio.create_task(self._outbox.run()))
         self._warming = asyncio.create_task(self._decoder.warm_up())
         return self
@@ -129,10 +131,16 @@ class LocalPlatform(Platform):
         self._lock.close()
 
     async def submit(self, job: Job, body: bytes) -> Job:
-        accepted = await self._records.insert(job, body)
+        self._awaited[job.request_id] = asyncio.get_running_loop().create_future()
+        try:
+            accepted = await self._records.insert(job, body, self._queued.release)
+        except BaseException:
+            self._awaited.pop(job.request_id, None)
+            raise
         if accepted is job:
-            self._queued.release()
             self._expire_later(job)
+        else:
+            del self._awaited[job.request_id]
         return accepted
 
     def _expire_later(self, job: Job) -> None:
@@ -188,9 +196,11 @@ class LocalPlatform(Platform):
         return await self._records.outcome(request_id)
 
     async def wait(self, request_id: str) -> Outcome:
+        if end := self._awaited.get(request_id):
+            return await asyncio.shield(end)
         job = self._records.get(request_id)
         if job is not None and job.status != "COMPLETED":
-            end = self._awaited.setdefault(request_id, asyncio.get_running_loop().create_future())
+            end = self._awaited[request_id] = asyncio.get_running_loop().create_future()
             return await asyncio.shield(end)
         outcome = await self._records.outcome(request_id)
         if outcome is None:
@@ -215,6 +225,7 @@ class LocalPlatform(Platform):
             await self._queued.acquire()
             try:
                 if job := self._records.claim(time.time()):
+                    await self._records.committed()
                     if job.outcome is not None:
                         self._ended(job, job.outcome)
                     else:
@@ -261,6 +272,7 @@ class LocalPlatform(Platform):
         async with self._engine_slots:
             self._records.count_attempt(run.job)
             run.attempted = True
+            await self._records.committed()
             return await self._generate(task, on_progress)
 
     async def _finish(self, job: Job, outcome: Outcome) -> None:
@@ -294,6 +306,21 @@ class LocalPlatform(Platform):
             except (OSError, sqlite3.Error):
                 logger.exception("housekeeping failed, trying again")
             await asyncio.sleep(SWEEP_SECONDS)
+
+    async def _checkpoints(self) -> None:
+        before = 0
+        while True:
+            if (changes := self._records.changes) != before:
+                before = changes
+                thread = asyncio.ensure_future(asyncio.to_thread(self._records.checkpoint))
+                try:
+                    await asyncio.shield(thread)
+                except asyncio.CancelledError:
+                    await asyncio.wait([thread])  # the home may go as soon as we have
+                    raise
+                except sqlite3.Error:
+                    logger.exception("the log cannot be brought into the database, trying again")
+            await asyncio.sleep(CHECKPOINT_SECONDS)
 
 
 class _Run:

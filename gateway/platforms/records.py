@@ -1,8 +1,13 @@
-"""Jobs in one SQLite file (WAL). Every method is one transaction of well under a millisecond.
+"""Jobs in one SQLite file (WAL), written by one thread.
+
+Writes of a turn or two of the event loop share one transaction: each of `insert`, `finish` and
+`committed` returns when it is on record, or raises for all who shared it, and then nothing of it
+is. Reads for a caller commit first, so that nobody is told what a kill could take back.
 
 Bodies beyond INLINE bytes (data URIs) live in files beside the database, written before the row that
 needs them: a database that copies megabytes would hold up the event loop. synchronous=NORMAL
-survives a killed process; a power cut may lose the last moments, never consistency.
+survives a killed process; a power cut may lose the last moments, never consistency. The only waits
+for the disk are checkpoints: `checkpoint`, on a thread, leaves little for SQLite's own to do.
 """
 
 from __future__ import annotations
@@ -11,18 +16,29 @@ import asyncio
 import json
 import sqlite3
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from contextlib import closing, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gateway.files import write_whole
-from gateway.jobs import UNKEPT_SECONDS, Job, Outcome, Terms, key_reused, request_digest
+from gateway.files import SMALL, write_whole
+from gateway.jobs import (
+    DEFAULT_TERMS,
+    UNKEPT_SECONDS,
+    Job,
+    Outcome,
+    Terms,
+    key_reused,
+    request_digest,
+)
 from gateway.webhooks import Attempt, Delivery
 from schemas.errors import ApiError, QueueFull, StartTimeout
 
-INLINE = 64 * 1024
+INLINE = SMALL
+
+WAL_PAGES = 10_000
+"""Of 4 KiB: where SQLite itself checkpoints, between two writes, and begins the log anew."""
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (
@@ -92,9 +108,15 @@ class Records:
     def __init__(self, home: Path) -> None:
         self._bodies = home / "bodies"
         self._bodies.mkdir(parents=True, exist_ok=True)
-        self._db = sqlite3.connect(home / "zimage.db", isolation_level=None)
+        self._file = home / "zimage.db"
+        self._db = sqlite3.connect(self._file, isolation_level=None)
         self._db.row_factory = sqlite3.Row
-        self._db.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL;")
+        self._db.executescript(
+            "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL;"
+            f"PRAGMA wal_autocheckpoint={WAL_PAGES};"
+        )
+        self._waiting: list[asyncio.Future[None]] = []
+        self._spooled: set[str] = set()
         self._migrate()
         self._remove_orphans()
 
@@ -114,14 +136,76 @@ class Records:
         for path in self._bodies.iterdir():
             if path.suffix == ".part" or path.stem not in known:
                 path.unlink()
+            elif path.suffix == ".input":
+                self._spooled.add(path.stem)
 
     def close(self) -> None:
+        self._commit()
         self._db.close()
 
-    async def insert(self, job: Job, body: bytes) -> Job:
+    def checkpoint(self) -> None:
+        """Bring the log into the database file. For another thread: the disk may take its time."""
+        with closing(sqlite3.connect(self._file)) as db:
+            db.execute("PRAGMA wal_checkpoint(PASSIVE)")
+
+    @property
+    def changes(self) -> int:
+        """Rows written so far."""
+        return self._db.total_changes
+
+    async def committed(self) -> None:
+        """Until what was written before this call is on record. Raises sqlite3.Error if it is not."""
+        if self._db.in_transaction:
+            loop = asyncio.get_running_loop()
+            if not self._waiting:
+                # A turn later: whom this turn wakes, as `written` does, still joins.
+                loop.call_soon(loop.call_soon, self._commit_group)
+            end = loop.create_future()
+            self._waiting.append(end)
+            await end
+
+    def _commit_group(self) -> None:
+        with suppress(sqlite3.Error):  # those who wait are told
+            self._commit()
+
+    def _commit(self) -> None:
+        if not self._db.in_transaction:
+            return
+        try:
+            self._db.execute("COMMIT")
+        except sqlite3.Error as error:
+            self._roll_back(error)
+            raise
+        for end in self._waited_for():
+            end.set_result(None)
+
+    def _roll_back(self, error: sqlite3.Error) -> None:
+        if self._db.in_transaction:  # a full disk has undone it already
+            self._db.execute("ROLLBACK")
+        for end in self._waited_for():
+            end.set_exception(error)
+
+    def _waited_for(self) -> list[asyncio.Future[None]]:
+        ends, self._waiting = self._waiting, []
+        return [end for end in ends if not end.done()]
+
+    def _write(self, statement: str, values: tuple[Any, ...] = ()) -> sqlite3.Cursor:
+        """In the open transaction, whoever began it."""
+        try:
+            if not self._db.in_transaction:
+                self._db.execute("BEGIN IMMEDIATE")
+            return self._db.execute(statement, values)
+        except sqlite3.Error as error:
+            self._roll_back(error)
+            raise
+
+    async def insert(
+        self, job: Job, body: bytes, written: Callable[[], None] = lambda: None
+    ) -> Job:
         """Write a new job down; or return the one that has its key's Idempotency-Key already.
 
-        Raises QueueFull, and InputError if that earlier job was another request.
+        `written` is called when `claim` can see it, shortly before it is on record. Raises QueueFull,
+        and InputError if that earlier job was another request.
         """
         inline = await self._spool(job.request_id, "input", body)
         terms = job.terms
@@ -131,21 +215,24 @@ class Records:
             digest = await asyncio.to_thread(request_digest, job, body)
         try:
             if idempotency and (earlier := self._earlier(idempotency, digest)):
-                self._path(job.request_id, "input").unlink(missing_ok=True)
+                self._drop_input(job.request_id)
+                await self.committed()
                 return earlier
             if terms.max_queue_length is not None and self.queued() >= terms.max_queue_length:
                 raise QueueFull(terms.max_queue_length)
         except ApiError:
-            self._path(job.request_id, "input").unlink(missing_ok=True)
+            self._drop_input(job.request_id)
             raise
-        self._db.execute(
+        self._write(
             "INSERT INTO jobs (request_id, endpoint, key_id, origin, created, terms, low_priority,"
             " idempotency, digest, status, attempts, logs, input)"
             " VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?)",
             (job.request_id, job.endpoint, job.key_id, job.origin, job.created)
-            + (json.dumps(asdict(terms)), terms.low_priority, idempotency, digest)
+            + (_dumped(terms), terms.low_priority, idempotency, digest)
             + (job.status, 0, "[]", inline),
         )
+        written()
+        await self.committed()
         return job
 
     def _earlier(self, idempotency: str, digest: str) -> Job | None:
@@ -159,7 +246,10 @@ class Records:
         return _job(row)
 
     def claim(self, now: float) -> Job | None:
-        """Start the oldest queued job; one that should have started before is COMPLETED instead."""
+        """Start the oldest queued job; one that should have started before is COMPLETED instead.
+
+        On record when `committed` returns.
+        """
         row = self._db.execute(
             f"SELECT {_COLUMNS} FROM jobs WHERE status='IN_QUEUE'"
             " ORDER BY low_priority, sequence LIMIT 1"
@@ -194,8 +284,8 @@ class Records:
         finished = replace(job)
         finished.finish(outcome, now)
         self._update(finished, inline)
-        with suppress(OSError):  # an orphan goes at the next start
-            self._path(job.request_id, "input").unlink(missing_ok=True)
+        await self.committed()
+        self._drop_input(job.request_id)
 
     def drop_queued(self, request_id: str, error: ApiError, now: float) -> Job | None:
         """Finish a queued job with an error; None if it is not queued."""
@@ -205,7 +295,8 @@ class Records:
         job.drop(error, now)
         assert job.outcome is not None
         self._update(job, job.outcome.body)
-        self._path(request_id, "input").unlink(missing_ok=True)
+        self._commit()
+        self._drop_input(request_id)
         return job
 
     def requeue_interrupted(self, now: float) -> list[Job]:
@@ -217,16 +308,19 @@ class Records:
         for job in jobs:
             job.interrupt(now)
             self._update(job, job.outcome.body if job.outcome else None)
+        self._commit()
         return jobs
 
     def get(self, request_id: str) -> Job | None:
         """A job without its bodies."""
+        self._commit_group()
         row = self._db.execute(
             f"SELECT {_COLUMNS} FROM jobs WHERE request_id=?", (request_id,)
         ).fetchone()
         return _job(row) if row else None
 
     async def outcome(self, request_id: str) -> Outcome | None:
+        self._commit_group()
         row = self._db.execute(
             f"SELECT {_COLUMNS}, output FROM jobs WHERE request_id=? AND status='COMPLETED'",
             (request_id,),
@@ -239,7 +333,7 @@ class Records:
         return _outcome(row, bytes(body))
 
     def count_attempt(self, job: Job) -> None:
-        """The engine takes the job on now."""
+        """The engine takes the job on: when `committed` returns, not before."""
         job.attempt()
         self._update(job, None)
 
@@ -247,6 +341,7 @@ class Records:
         """Back to the queue, in its old place, at an orderly stop."""
         job.hand_back(attempted)
         self._update(job, None)
+        self._commit()
 
     def with_deadline(self) -> list[Job]:
         """Queued jobs that must start within some time."""
@@ -272,6 +367,7 @@ class Records:
 
     def due_webhooks(self, now: float) -> list[Delivery]:
         """Webhooks to send now, those included that are being sent."""
+        self._commit_group()
         rows = self._db.execute(
             "SELECT request_id, user_id, url, attempts FROM webhooks WHERE due<=? ORDER BY due",
             (now,),
@@ -284,7 +380,7 @@ class Records:
         return None if due is None else float(due)
 
     def record_attempt(self, delivery: Delivery, attempt: Attempt, now: float) -> None:
-        self._db.execute(
+        self._write(
             "UPDATE webhooks SET attempts=?, due=?, delivered=?, answer=? WHERE request_id=?",
             (
                 delivery.attempts + 1,
@@ -294,6 +390,7 @@ class Records:
                 delivery.request_id,
             ),
         )
+        self._commit()
 
     def sweep(self, seconds: float) -> int:
         """Forget jobs that finished more than `seconds` ago, some hundreds at a time; returns how many.
@@ -301,17 +398,18 @@ class Records:
         Results not to be kept stay UNKEPT_SECONDS, for a client whose connection broke.
         """
         now = time.time()
-        rows = self._db.execute(
+        rows = self._write(
             "DELETE FROM jobs WHERE sequence IN (SELECT sequence FROM jobs WHERE status='COMPLETED'"
             " AND (finished<? OR (NOT kept AND finished<?)) AND NOT EXISTS (SELECT 1 FROM webhooks"
             " WHERE webhooks.request_id=jobs.request_id AND due IS NOT NULL)"
             " LIMIT 500) RETURNING request_id",
             (now - seconds, now - UNKEPT_SECONDS),
         ).fetchall()
-        self._db.execute(
+        self._write(
             "DELETE FROM webhooks WHERE due IS NULL"
             " AND request_id NOT IN (SELECT request_id FROM jobs)"
         )
+        self._commit()
         for row in rows:
             for kind in ("input", "output"):
                 self._path(row["request_id"], kind).unlink(missing_ok=True)
@@ -325,32 +423,28 @@ class Records:
             results += (outcome.error, outcome.error_type, outcome.inference_time)
             results += (outcome.kept and job.terms.store,)
         ended = job.status == "COMPLETED"
-        with self._transaction():
-            self._db.execute(
-                f"UPDATE jobs SET {_STATE}{', input=NULL' if ended else ''} WHERE request_id=?",
-                (job.status, job.started, job.finished, job.attempts, json.dumps(job.logs))
-                + (*results, job.request_id),
+        self._write(
+            f"UPDATE jobs SET {_STATE}{', input=NULL' if ended else ''} WHERE request_id=?",
+            (job.status, job.started, job.finished, job.attempts, json.dumps(job.logs))
+            + (*results, job.request_id),
+        )
+        if ended and job.terms.webhook:  # with the end of the job, or not at all
+            self._write(
+                "INSERT INTO webhooks (request_id, user_id, url, attempts, due) VALUES (?,?,?,0,?)",
+                (job.request_id, job.key_id, job.terms.webhook, job.finished),
             )
-            if ended and job.terms.webhook:  # with the end of the job, or not at all
-                self._db.execute(
-                    "INSERT INTO webhooks (request_id, user_id, url, attempts, due)"
-                    " VALUES (?,?,?,0,?)",
-                    (job.request_id, job.key_id, job.terms.webhook, job.finished),
-                )
 
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        self._db.execute("BEGIN")
-        try:
-            yield
-        except BaseException:
-            self._db.execute("ROLLBACK")
-            raise
-        self._db.execute("COMMIT")
+    def _drop_input(self, request_id: str) -> None:
+        if request_id in self._spooled:
+            self._spooled.discard(request_id)
+            with suppress(OSError):  # an orphan goes with its job
+                self._path(request_id, "input").unlink(missing_ok=True)
 
     async def _spool(self, request_id: str, kind: str, body: bytes) -> bytes | None:
         if len(body) <= INLINE:
             return body
+        if kind == "input":
+            self._spooled.add(request_id)
         await asyncio.to_thread(write_whole, self._path(request_id, kind), body)
         return None
 
@@ -376,7 +470,7 @@ def _job(row: sqlite3.Row) -> Job:
         key_id=row["key_id"],
         origin=row["origin"],
         created=row["created"],
-        terms=Terms(**json.loads(row["terms"])),
+        terms=DEFAULT_TERMS if row["terms"] == "{}" else Terms(**json.loads(row["terms"])),
         status=row["status"],
         started=row["started"],
         finished=row["finished"],
@@ -384,6 +478,10 @@ def _job(row: sqlite3.Row) -> Job:
         outcome=_outcome(row, b"") if row["http_status"] else None,
         logs=json.loads(row["logs"]),
     )
+
+
+def _dumped(terms: Terms) -> str:
+    return "{}" if terms == DEFAULT_TERMS else json.dumps(vars(terms))
 
 
 def _outcome(row: sqlite3.Row, body: bytes) -> Outcome:

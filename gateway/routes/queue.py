@@ -13,6 +13,7 @@ from fastapi import APIRouter, Depends, Request, Response
 from fastapi.sse import EventSourceResponse
 
 from gateway.accept import accept, authenticate, origin, platform
+from gateway.direct import Handler
 from gateway.middleware import QUEUE_PREFIX
 from gateway.openapi import queue_operation, submit_operation
 from gateway.platform import View
@@ -22,6 +23,7 @@ from schemas.endpoints import ENDPOINTS, Endpoint
 from schemas.errors import ApiError
 
 router = APIRouter(prefix=QUEUE_PREFIX)
+POSTS: dict[str, Handler] = {}
 
 IN_PROGRESS = {
     "detail": "Request is still in progress",
@@ -48,6 +50,7 @@ def _add(endpoint: Endpoint) -> None:
 
     operation: dict[str, Any] = submit_operation(endpoint)
     router.add_api_route(f"/{endpoint.id}", submit, methods=["POST"], **operation)
+    POSTS[f"{QUEUE_PREFIX}/{endpoint.id}"] = submit
 
 
 for _endpoint in ENDPOINTS.values():

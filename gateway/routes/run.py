@@ -11,6 +11,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from gateway.accept import accept, platform
+from gateway.direct import Handler
 from gateway.jobs import Outcome
 from gateway.openapi import run_operation
 from gateway.responses import outcome_response
@@ -18,6 +19,7 @@ from schemas.endpoints import ENDPOINTS, Endpoint
 from schemas.errors import ServiceError
 
 router = APIRouter()
+POSTS: dict[str, Handler] = {}
 
 
 def _add(endpoint: Endpoint) -> None:
@@ -33,6 +35,7 @@ def _add(endpoint: Endpoint) -> None:
 
     operation: dict[str, Any] = run_operation(endpoint)
     router.add_api_route(f"/{endpoint.id}", run, methods=["POST"], **operation)
+    POSTS[f"/{endpoint.id}"] = run
 
 
 for _endpoint in ENDPOINTS.values():

@@ -103,3 +103,31 @@ def test_killed_twenty_times(tmp_path: Path) -> None:
     assert {known[request_id] for request_id in accepted} == {200}
     told = Counter(json.loads(body)["request_id"] for _, body in receiver.got)
     assert set(told) == set(known)
+
+
+def test_what_was_answered_is_on_record_whenever_it_is_killed(tmp_path: Path) -> None:
+    """Sync requests from many clients, whose jobs share transactions, and kill -9 among them."""
+    home, port, moments = tmp_path / "home", free_port(), random.Random(5)
+    answered: list[str] = []
+
+    def client(_: int) -> None:
+        with httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as http:
+            try:
+                while True:
+                    answer = http.post(T2I, json=JOB)
+                    assert answer.status_code == 200
+                    answered.append(answer.headers["x-fal-request-id"])
+            except httpx2.TransportError:  # killed
+                pass
+
+    with ThreadPoolExecutor(16) as threads:
+        for _ in range(4):
+            with serve(home, port) as process:
+                clients = [threads.submit(client, number) for number in range(16)]
+                time.sleep(moments.uniform(0.3, 0.8))
+                process.kill()
+                process.wait()
+            for future in clients:
+                future.result()
+            known = dict(records(home, "SELECT request_id, http_status FROM jobs"))
+            assert answered and {known.get(request_id) for request_id in answered} == {200}

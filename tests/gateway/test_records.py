@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sqlite3
 import time
+from contextlib import closing
 from pathlib import Path
+
+import pytest
 
 from gateway.files import DirectoryFiles
 from gateway.jobs import UNKEPT_SECONDS, Job, Outcome
@@ -101,6 +105,85 @@ def test_bodies_without_a_job_are_removed_at_the_next_start(tmp_path: Path) -> N
         records = Records(tmp_path)
         assert [path.name for path in (tmp_path / "bodies").iterdir()] == ["kept.input"]
         assert await records.body("kept") == LONG
+        records.close()
+
+    asyncio.run(scenario())
+
+
+def on_record(home: Path) -> list[str]:
+    """As another process sees it, or the next start of this one."""
+    with closing(sqlite3.connect(home / "zimage.db")) as db:
+        return [name for (name,) in db.execute("SELECT request_id FROM jobs ORDER BY sequence")]
+
+
+def test_writes_of_a_turn_share_a_transaction(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        records = Records(tmp_path)
+        statements: list[str] = []
+        records._db.set_trace_callback(statements.append)
+        names = [f"{number:02}" for number in range(20)]
+        await asyncio.gather(*(records.insert(job(name), b"{}") for name in names))
+        assert statements.count("COMMIT") == 1
+        assert on_record(tmp_path) == names
+
+        statements.clear()
+        claims: list[Job | None] = []
+        await records.insert(job("a"), b"{}", lambda: claims.append(records.claim(1.0)))
+        assert statements.count("COMMIT") == 1
+        assert [claim.request_id for claim in claims if claim] == ["00"]
+        records.close()
+
+    asyncio.run(scenario())
+
+
+def test_nobody_is_told_what_is_not_on_record(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        records = Records(tmp_path)
+        inserting = asyncio.create_task(records.insert(job("a"), b"{}"))
+        await asyncio.sleep(0)
+        assert not inserting.done() and on_record(tmp_path) == []
+        assert records.get("a") and on_record(tmp_path) == ["a"]
+        await inserting
+        records.close()
+
+    asyncio.run(scenario())
+
+
+def test_who_shares_a_transaction_shares_its_failure(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        records = Records(tmp_path)
+        await records.insert(job("before"), b"{}")
+        inserts = [asyncio.create_task(records.insert(job(name), b"{}")) for name in "ab"]
+        claiming = records.claim(1.0)
+        assert claiming is not None
+        committed = asyncio.create_task(records.committed())
+        await asyncio.sleep(0)
+        with pytest.raises(sqlite3.Error):
+            records._write("INSERT INTO jobs (request_id) VALUES (NULL)")
+        results = await asyncio.gather(*inserts, committed, return_exceptions=True)
+        assert all(isinstance(result, sqlite3.Error) for result in results)
+        assert on_record(tmp_path) == ["before"]
+        await records.insert(job("after"), b"{}")
+        again = records.claim(2.0)
+        assert again is not None and again.request_id == "before"
+        records.close()
+        assert on_record(tmp_path) == ["before", "after"]
+
+    asyncio.run(scenario())
+
+
+def test_the_log_does_not_grow_for_ever(tmp_path: Path) -> None:
+    """Checkpoints on a thread, while jobs come: the file has them, and the log begins anew."""
+
+    async def scenario() -> None:
+        records = Records(tmp_path)
+        for number in range(40):
+            await asyncio.gather(
+                asyncio.to_thread(records.checkpoint),
+                *(records.insert(job(f"{number} {k}"), LONG[:9000]) for k in range(20)),
+            )
+        assert (tmp_path / "zimage.db-wal").stat().st_size < 8 << 20
+        assert (tmp_path / "zimage.db").stat().st_size > 6 << 20
         records.close()
 
     asyncio.run(scenario())
