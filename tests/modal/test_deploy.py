@@ -60,7 +60,7 @@ def test_what_is_deployed(plane: Plane) -> None:
         "fetch_weights",
     }
     assert len(plane.classes) == 1
-    assert set(plane.volumes) == {"zimage-weights", "zimage-cache"}
+    assert set(plane.volumes) == {"zimage-weights", "zimage-cache", "zimage-loras"}
     assert plane.secrets == {"zimage-keys": ["ZIMAGE_KEYS"]}
 
 
@@ -75,6 +75,7 @@ def test_the_gpu_class(plane: Plane) -> None:
         assert {m.mount_path: m.volume_id for m in function.volume_mounts} == {
             "/weights": "vo-zimage-weights",
             "/cache": "vo-zimage-cache",
+            "/loras": "vo-zimage-loras",
         }
         scaler = function.autoscaler_settings
         assert (scaler.min_containers, scaler.max_containers) == (0, 10)

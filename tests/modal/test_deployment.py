@@ -24,12 +24,16 @@ from grpclib.const import Status
 from modal._serialization import deserialize
 from modal_proto import api_pb2 as api
 from PIL import Image
+from safetensors.torch import save as save_tensors
 
 from gateway.platforms.modal_ledger import Pending
 from gateway.platforms.modal_records import Finished
+from inference.engine import Engine
 from tests.conftest import CAT, I2I, T2I, encoded, opened
 from tests.gateway.receiver import receiving
+from tests.gateway.test_endpoints import hub
 from tests.gateway.test_webhooks import verify
+from tests.inference.lora_files import pairs, weights, written
 from tests.modal.cloud import Call, Deployed, deployed
 
 KEY = "alice:a-secret-long-enough"
@@ -208,6 +212,33 @@ def test_cancel_stops_between_two_steps(deployment: Deployed) -> None:
     ended = deployment.do(deployment.cloud.finished(engine_call))
     assert ended.status == api.GenericResult.GENERIC_STATUS_TERMINATED
     assert deployment.http.post(T2I, json=SMALL).status_code == 200  # the engine is well
+
+
+def test_base_has_containers_of_its_own(deployment: Deployed) -> None:
+    answer = deployment.http.post(
+        "/fal-ai/z-image/base", json={**SMALL, "num_inference_steps": 2, "guidance_scale": 3}
+    )
+    assert answer.status_code == 200, answer.text + deployment.cloud.log()
+    assert len(calls(deployment, "Generator.*(base)")) == 1
+
+
+def test_a_lora_goes_by_the_volume(deployment: Deployed, engine: Engine) -> None:
+    """The job fetches it; the GPU's container finds it, or says that it does not fit."""
+    changes = written("fused", pairs(weights(engine.models.transformer), seed=3))
+    good = {name: tensor.clone() for name, tensor in changes.items()}
+    misfit = {name.replace("layers.5", "layers.29"): tensor for name, tensor in good.items()}
+    path = "/fal-ai/z-image/turbo/lora"
+    with hub() as (url, site):
+        site.files |= {"/good": save_tensors(good), "/misfit": save_tensors(misfit)}
+        answers = [
+            deployment.http.post(path, json={**SMALL, "sync_mode": True, "loras": loras})
+            for loras in ([], [{"path": f"{url}/good"}], [{"path": f"{url}/misfit"}], [])
+        ]
+    plain, adapted, refused, again = answers
+    assert [answer.status_code for answer in answers] == [200, 200, 422, 200], refused.text
+    assert plain.json()["images"] == again.json()["images"] != adapted.json()["images"]
+    (detail,) = refused.json()["detail"]
+    assert detail["loc"] == ["body", "loras"] and "layers.29" in detail["msg"]
 
 
 @pytest.mark.parametrize("machine", [GPU, "job"])
