@@ -1,8 +1,10 @@
 """Measurements, side by side in one run: ratios mean something, seconds depend on the machine.
 
-    python scripts/bench.py [engine] [gateway] [encode] [--peers PYTHON] [--json FILE]
+    python scripts/bench.py [engine] [gateway] [encode] [gpu] [--peers PYTHON] [--json FILE]
 
 engine   our engine against a bare diffusers script on the same demo weights, in the same dtype
+gpu      the same on random weights of full size: every level, 512² to 2048², memory, LoRA, dollars;
+         without a GPU the demo's sizes, to see that it runs
 gateway  the service over an engine that takes no time, against LitServe and BentoML over the same;
          and how status answers under load. The two need an environment of their own:
          `python -m venv peers && peers/bin/pip install litserve bentoml`, `--peers peers/bin/python`
@@ -36,86 +38,7 @@ from serving import NO_OP_SERVER, Row, Serving
 ROOT = Path(__file__).parent.parent
 CAT = ROOT / "examples" / "cat.jpg"
 
-console = Console()
-
-
-def alternate(
-    functions: dict[str, Callable[[int], object]], rounds: int, warm_up: int = 2
-) -> dict[str, float]:
-    """Median seconds of each function; they take turns, so that the machine's moods hit all alike.
-
-    Each is called with the number of the round, to vary its input.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for number in range(-warm_up, rounds):
-        for name, function in functions.items():
-            started = time.perf_counter()
-            function(number)
-            if number >= 0:
-                seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def engine(rounds: int = 15) -> list[Row]:
-    import torch
-    from diffusers import ZImageImg2ImgPipeline
-
-    from inference.engine import Engine
-    from inference.weights import locate
-    from media.decode import to_picture
-    from media.fit import fit
-    from schemas.task import Task
-
-    ours = Engine.load("demo", device="cpu")
-    dtype = ours.models.transformer.dtype
-    bare = ZImageImg2ImgPipeline.from_pretrained(locate("demo").path, dtype=dtype)
-    bare.set_progress_bar_config(disable=True)
-
-    def run_ours(side: int, n: int, prompt: str, k: int) -> None:
-        ours(Task(prompt.format(k), side, side, 8, 0.6, 7, n, pictures[side], safety=False))
-
-    def run_bare(side: int, n: int, prompt: str, k: int) -> None:
-        images = bare(
-            prompt.format(k),
-            image=photos[side],
-            width=side,
-            height=side,
-            strength=0.6,
-            num_inference_steps=8,
-            guidance_scale=0.0,
-            num_images_per_prompt=n,
-            generator=torch.Generator().manual_seed(7),
-        ).images
-        for image in images:
-            image.save(io.BytesIO(), "PNG", compress_level=1)
-
-    photos = {side: Image.open(CAT).convert("RGB").resize((side, side)) for side in (256, 512)}
-    pictures = {side: fit(to_picture(photo), side, side) for side, photo in photos.items()}
-    rows = []
-    for side in photos:
-        for name, n, prompt in (
-            ("1 picture", 1, "a cat, number {}"),
-            ("4 pictures", 4, "a cat, number {}"),
-            ("repeated prompt", 1, "the same cat"),
-        ):
-            medians = alternate(
-                {
-                    "ours": partial(run_ours, side, n, prompt),
-                    "bare": partial(run_bare, side, n, prompt),
-                },
-                rounds,
-            )
-            rows.append(
-                {
-                    "case": f"{name}, {side}²",
-                    "ours ms": medians["ours"] * 1e3,
-                    "bare diffusers ms": medians["bare"] * 1e3,
-                    "times faster": medians["bare"] / medians["ours"],
-                }
-            )
-    ours.close()
-    console.print(f"demo weights, {dtype}, 8 steps at strength 0.6, PNG out, no safety checker")
-    return rows
+console = Console(width=None if sys.stdout.isatty() else 140)
 
 
 def gateway(peers: Path, requests: int = 400) -> list[Row]:
@@ -226,7 +149,7 @@ def encode(rounds: int = 5) -> list[Row]:
 
     rows = []
     for format in FORMATS:
-        medians = alternate(
+        medians = engine_bench().alternate(
             {"ours": partial(run_ours, format), "pillow": partial(run_pillow, format)}, rounds
         )
         rows.append(
@@ -239,6 +162,16 @@ def encode(rounds: int = 5) -> list[Row]:
             }
         )
     return rows
+
+
+DEFAULT = ("engine", "gateway", "encode")
+
+
+def engine_bench() -> Any:
+    """The half that needs torch."""
+    import engine_bench
+
+    return engine_bench
 
 
 def show(title: str, rows: list[Row]) -> None:
@@ -254,21 +187,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("parts", nargs="*", metavar="part", help="engine, gateway, encode")
+    parser.add_argument(
+        "parts",
+        nargs="*",
+        metavar="part",
+        help="engine, gateway, encode, gpu; the first three if none is named",
+    )
     parser.add_argument("--json", type=Path, help="write the figures here, too")
     parser.add_argument(
         "--peers", type=Path, default=sys.executable, help="an interpreter that has the peers"
     )
+    parser.add_argument(
+        "--price", type=float, default=0.001261, help="dollars a second of GPU, for `gpu`"
+    )
     arguments = parser.parse_args()
     parts: dict[str, Callable[[], list[Row]]] = {
-        "engine": engine,
+        "engine": lambda: engine_bench().on_demo_weights(),
+        "gpu": lambda: engine_bench().on_full_size(arguments.price),
         "gateway": partial(gateway, arguments.peers),
         "encode": encode,
     }
     if unknown := set(arguments.parts) - set(parts):
         parser.error(f"unknown part: {', '.join(unknown)}")
     results = {}
-    for name in arguments.parts or parts:
+    for name in arguments.parts or DEFAULT:
         results[name] = parts[name]()
         show(name, results[name])
     if arguments.json:
