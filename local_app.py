@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 from importlib.metadata import version
 from ipaddress import ip_address
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 from rich.console import Console
@@ -253,11 +253,15 @@ def serve(
 def weights_info(
     spec: Annotated[str | None, typer.Argument(help="Default: ZIMAGE_WEIGHTS.")] = None,
 ) -> None:
-    """Where a set of weights is, its revision and its parts."""
+    """Where a set of weights is, its revision and its parts, and what acceleration means here."""
+    import torch
+
+    from inference.plan import default_device, plan
     from inference.weights import COMPONENTS, WeightsError, locate
 
+    settings = _settings()
     try:
-        weights = locate(spec or _settings().weights)
+        weights = locate(spec or settings.weights)
     except WeightsError as error:
         fail(str(error))
     table = Table("component", "class", "MB", title=f"{weights.spec} · {weights.revision}")
@@ -268,6 +272,10 @@ def weights_info(
         table.add_row(name, index[name][1], f"{megabytes:,.1f}")
     Console().print(table)
     print(weights.path)
+    print(f"expands prompts: {'yes' if weights.language_model else 'no'}")
+    device = torch.device(settings.device or default_device())
+    for level in get_args(Acceleration):
+        print(f"{level} on {device}: {plan(level, device)}")
 
 
 @weights_app.command("fetch")

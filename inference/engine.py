@@ -33,7 +33,7 @@ from inference.autoencoder import is_out_of_memory, release_memory
 from inference.clock import StageClock
 from inference.drawing import Drawing
 from inference.models import Models
-from inference.plan import Plan, plan
+from inference.plan import Plan, default_device, plan
 from inference.safety import THRESHOLD, OpenNSFW, SafetyChecker
 from inference.weights import Weights
 from media.decode import to_image
@@ -72,8 +72,7 @@ class Engine:
         device: "cuda", "cpu", …; the first GPU if there is one. dtype: see `models.default_dtype`.
         loras: directory of the files that tasks name by their digest.
         """
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        models = Models.load(spec, device, dtype, loras)
+        models = Models.load(spec, device or default_device(), dtype, loras)
         return cls(models, safety or OpenNSFW(safety_threshold))
 
     @property

@@ -40,3 +40,8 @@ def plan(level: Acceleration, device: torch.device) -> Plan:
         return Plan(lean=True)
     float8 = level == "high" and torch.cuda.get_device_capability(device) >= FLOAT8_CAPABILITY
     return Plan(lean=True, compiled=True, float8=float8)
+
+
+def default_device() -> str:
+    """The first GPU if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"

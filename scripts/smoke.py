@@ -40,6 +40,10 @@ class Broken(Exception):
     """The deployment did not do what it should; the message is for people."""
 
 
+class NotServed(Broken):
+    """The deployment has no weights for the endpoint."""
+
+
 def ask(client: httpx2.Client, endpoint: str, deadline: float) -> Answer:
     """Queue a request, follow it, look at its picture. Raises Broken."""
     body: dict[str, object] = {
@@ -47,7 +51,7 @@ def ask(client: httpx2.Client, endpoint: str, deadline: float) -> Answer:
         "image_size": {"width": SIZE[0], "height": SIZE[1]},
         "seed": 1,
     }
-    if ENDPOINTS[endpoint].input is ImageToImageInput:
+    if issubclass(ENDPOINTS[endpoint].input, ImageToImageInput):
         picture = base64.b64encode(APPLE.read_bytes()).decode()
         body["image_url"] = f"data:image/png;base64,{picture}"
     began = time.perf_counter()
@@ -71,6 +75,8 @@ def _get(client: httpx2.Client, method: str, url: str, **options: object) -> htt
         answer = client.request(method, url, **options)  # type: ignore[arg-type]
     except httpx2.TransportError as error:
         raise Broken(f"{method} {url}: {error!r}") from None
+    if answer.status_code == 404 and "does not serve" in answer.text:
+        raise NotServed(answer.json()["detail"])
     if answer.status_code >= 300:
         raise Broken(f"{method} {url}: {answer.status_code} {answer.text[:300]}")
     return answer
@@ -92,6 +98,9 @@ def main() -> int:
             for word in ("first", "warm"):
                 try:
                     answer = ask(client, endpoint.id, given.deadline)
+                except NotServed as error:
+                    print(error)
+                    break
                 except Broken as error:
                     print(error, file=sys.stderr)
                     return 1
