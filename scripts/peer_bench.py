@@ -2,7 +2,8 @@
 
 All answer the same small picture inline. Ours has also accepted, recorded and finished a durable job
 by then: that is checked in its database. "Ours, file" stores the picture and answers its URL.
-The servers take turns, round by round; every figure is the median of the rounds.
+The servers take turns, round by round; every figure is the median of the rounds, ratios too. CPU is
+that of all the server's processes, per request: it says less of what else the machine was doing.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import NamedTuple
 
 from serving import NO_OP_SERVER, Row, Serving
 
@@ -30,41 +32,57 @@ FILE = json.dumps({**BODY, "sync_mode": False}).encode()
 PATH = "/fal-ai/z-image/turbo"
 PEERS = {"LitServe": "litserve_no_op.py", "BentoML": "bentoml_no_op.py"}
 
-Target = tuple[str, bytes]
-"""URL and request body."""
+
+class Target(NamedTuple):
+    server: Serving
+    path: str
+    body: bytes
+
+    def load(self, clients: int, seconds: float) -> Row:
+        url = f"http://127.0.0.1:{self.server.port}{self.path}"
+        command = [sys.executable, str(SCRIPTS / "load.py"), url, str(clients), str(seconds)]
+        before = self.server.cpu_seconds
+        done = subprocess.run(command, input=self.body, capture_output=True, check=True)
+        result: Row = json.loads(done.stdout)
+        result["CPU ms"] = (self.server.cpu_seconds - before) / result["requests"] * 1e3
+        return result
+
+    def warm_up(self) -> Row:
+        """Waits for workers that start after their server."""
+        while True:
+            try:
+                return self.load(8, WARM_UP)
+            except subprocess.CalledProcessError:
+                time.sleep(0.5)
 
 
 def against_peers(python: Path, say: Callable[[str], None]) -> list[Row]:
-    targets: dict[str, Target] = {}
     with ExitStack() as running:
+        home = running.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
 
-        def serve(program: Path, interpreter: str | Path) -> str:
-            home = running.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
-            homes.append(Path(home))
-            http = running.enter_context(Serving([str(interpreter), str(program)], home))
-            return str(http.base_url).rstrip("/")
+        def serve(program: Path, interpreter: str | Path) -> Serving:
+            server = Serving([str(interpreter), str(program)], f"{home}/{program.stem}")
+            running.enter_context(server)
+            return server
 
-        homes: list[Path] = []
-        ours = serve(NO_OP_SERVER, sys.executable) + PATH
-        targets["ours"], targets["ours, file"] = (ours, INLINE), (ours, FILE)
+        ours = serve(NO_OP_SERVER, sys.executable)
+        targets = {"ours": Target(ours, PATH, INLINE), "ours, file": Target(ours, PATH, FILE)}
         for peer, program in PEERS.items():
             if version := _version(python, peer):
-                url = serve(SCRIPTS / "peers" / program, python) + "/predict"
-                targets[f"{peer} {version}"] = url, INLINE
+                server = serve(SCRIPTS / "peers" / program, python)
+                targets[f"{peer} {version}"] = Target(server, "/predict", INLINE)
             else:
-                say(f"{peer} is not installed for {python.name}; see --peers")
-        answered = sum(_warm_up(target) for target in targets.values() if target[0] == ours)
-        for url, body in targets.values():
-            if url != ours:
-                _warm_up((url, body))
+                say(f"{peer} is not installed for {python}; see --peers")
+        answers = [(target, target.warm_up()) for target in targets.values()]
         results: dict[tuple[int, str], list[Row]] = {}
         for _ in range(ROUNDS):
             for clients in CLIENTS:
                 for name, target in targets.items():
-                    result = _load(target, clients, SECONDS)
+                    result = target.load(clients, SECONDS)
                     results.setdefault((clients, name), []).append(result)
-                    answered += result["requests"] if target[0] == ours else 0
-        recorded = _recorded(homes[0])
+                    answers.append((target, result))
+        recorded = _recorded(Path(home) / NO_OP_SERVER.stem)
+    answered = sum(result["requests"] for target, result in answers if target.server is ours)
     if recorded != answered:
         raise SystemExit(f"{answered} requests were answered, {recorded} jobs are on record")
     say(f"ours: {answered:,} requests answered, as many jobs COMPLETED on record")
@@ -76,7 +94,7 @@ def _rows(results: dict[tuple[int, str], list[Row]]) -> list[Row]:
     for (clients, name), each in results.items():
         row: Row = {"case": f"{name}, {clients} client{'s' * (clients > 1)}"}
         row["n"] = sum(result["requests"] for result in each)
-        for figure in ("p50 ms", "p99 ms", "requests/s"):
+        for figure in ("p50 ms", "p99 ms", "requests/s", "CPU ms"):
             row[figure] = statistics.median(result[figure] for result in each)
         for other, theirs in results.items():
             if other[0] == clients and not other[1].startswith("ours") and name.startswith("ours"):
@@ -86,21 +104,6 @@ def _rows(results: dict[tuple[int, str], list[Row]]) -> list[Row]:
                 row[f"× {other[1].split()[0]}"] = statistics.median(ratios)
         rows.append(row)
     return rows
-
-
-def _load(target: Target, clients: int, seconds: float) -> Row:
-    command = [sys.executable, str(SCRIPTS / "load.py"), target[0], str(clients), str(seconds)]
-    done = subprocess.run(command, input=target[1], capture_output=True, check=True)
-    return dict(json.loads(done.stdout))
-
-
-def _warm_up(target: Target) -> int:
-    """Waits for workers that start after their server; returns how many requests it took."""
-    while True:
-        try:
-            return int(_load(target, 8, WARM_UP)["requests"])
-        except subprocess.CalledProcessError:
-            time.sleep(0.5)
 
 
 def _recorded(home: Path) -> int:

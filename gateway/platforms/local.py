@@ -50,7 +50,7 @@ suspected when the process dies."""
 POSITION_SECONDS = 1.0
 """How often watchers of queued requests look at their position."""
 
-CHECKPOINT_SECONDS = 0.1
+CHECKPOINT_SECONDS = 0.25
 SWEEP_SECONDS = 60.0
 RETRY_SECONDS = 1.0
 

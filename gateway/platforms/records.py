@@ -67,7 +67,7 @@ CREATE TABLE IF NOT EXISTS jobs (
     kept            INTEGER
 );
 CREATE INDEX IF NOT EXISTS queue ON jobs (low_priority, sequence) WHERE status = 'IN_QUEUE';
-CREATE UNIQUE INDEX IF NOT EXISTS idempotency ON jobs (idempotency);
+CREATE UNIQUE INDEX IF NOT EXISTS idempotency ON jobs (idempotency) WHERE idempotency IS NOT NULL;
 CREATE INDEX IF NOT EXISTS running ON jobs (sequence) WHERE status = 'IN_PROGRESS';
 CREATE TABLE IF NOT EXISTS webhooks (
     request_id      TEXT PRIMARY KEY,
@@ -82,15 +82,17 @@ CREATE INDEX IF NOT EXISTS due ON webhooks (due) WHERE due IS NOT NULL;
 CREATE INDEX IF NOT EXISTS finished ON jobs (finished) WHERE status = 'COMPLETED';
 """
 
-_VERSION = 1
-_MIGRATION = """
+_MIGRATIONS = (
+    """
 ALTER TABLE jobs ADD COLUMN terms TEXT NOT NULL DEFAULT '{}';
 ALTER TABLE jobs ADD COLUMN low_priority INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE jobs ADD COLUMN idempotency TEXT;
 ALTER TABLE jobs ADD COLUMN digest TEXT NOT NULL DEFAULT '';
 DROP INDEX queue;
-"""
-"""From the tables of version 0."""
+""",
+    "DROP INDEX IF EXISTS idempotency;",
+)
+"""From the tables of version 0 to 1, from 1 to 2."""
 
 _STATE = (
     "status=?, started=?, finished=?, attempts=?, logs=?,"
@@ -125,9 +127,9 @@ class Records:
         (old,) = self._db.execute(
             "SELECT COUNT(*) FROM sqlite_master WHERE type='table' AND name='jobs'"
         ).fetchone()
-        migration = _MIGRATION if old and version < _VERSION else ""
+        migration = "".join(_MIGRATIONS[version:]) if old else ""
         self._db.executescript(
-            f"BEGIN; {migration} {_SCHEMA} PRAGMA user_version={_VERSION}; COMMIT;"
+            f"BEGIN; {migration} {_SCHEMA} PRAGMA user_version={len(_MIGRATIONS)}; COMMIT;"
         )
 
     def _remove_orphans(self) -> None:
