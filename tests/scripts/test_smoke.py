@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from inference.engine import Engine
+from schemas.endpoints import ENDPOINTS
 from tests.conftest import ROOT, serving
 
 KEY = "alice:a-secret-long-enough"
@@ -24,9 +25,14 @@ def test_every_endpoint_is_asked_twice(tmp_path: Path, engine: Engine) -> None:
         done = smoke(server.url, KEY)
         assert done.returncode == 0, done.stderr
         words = [line.split()[:2] for line in done.stdout.splitlines()[1:]]
-        ids = ["fal-ai/z-image/turbo/image-to-image", "fal-ai/z-image/turbo"]
-        assert words == [[id, word] for id in ids for word in ("first", "warm")]
-        assert len(server.engine.tasks) == 4
+        assert words == [[id, word] for id in ENDPOINTS for word in ("first", "warm")]
+        assert len(server.engine.tasks) == 2 * len(ENDPOINTS)
+
+
+def test_what_is_not_served_is_said(tmp_path: Path, engine: Engine) -> None:
+    with serving(tmp_path, engine, keys=KEY, weights="some/where") as server:
+        done = smoke(server.url, KEY)
+    assert done.returncode == 0 and "does not serve fal-ai/z-image/base:" in done.stdout
 
 
 @pytest.mark.parametrize(
