@@ -8,6 +8,7 @@ variables at the time of the deploy (README, "Settings"); keys come from the Mod
 """
 
 import asyncio
+import functools
 import os
 from typing import TYPE_CHECKING
 
@@ -127,7 +128,7 @@ keys = modal.Secret.from_name("zimage-keys", required_keys=["ZIMAGE_KEYS"])
     buffer_containers=deployment.buffer_containers,
     max_containers=deployment.max_containers,
     scaledown_window=deployment.scaledown_window,
-    timeout=5 * MINUTES,
+    timeout=40 * MINUTES,  # four pictures of four megapixels with guidance, behind three like them
     startup_timeout=20 * MINUTES,
     retries=modal.Retries(max_retries=2, initial_delay=1.0),
     enable_memory_snapshot=deployment.snapshot != "off",
@@ -166,7 +167,7 @@ class Generator:
         from gateway.platforms.modal_engine import generate
         from gateway.platforms.modal_records import ModalRecords
 
-        if task.loras:  # a job has put them there since this container started
+        if self.resident.lacks(task.loras):  # a job has put them there since this container started
             await loras.reload.aio()  # type: ignore[no-untyped-call]
         call_id = modal.current_function_call_id()
         assert call_id is not None
@@ -214,6 +215,7 @@ async def webhook(request_id: str) -> str:
     return await deliver(request_id, parts(), read(Settings))
 
 
+@functools.cache
 def parts() -> "Parts":
     """All of the above, as the platform calls it."""
     from gateway.platforms.modal_parts import Functions, Parts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from media.decode import MAX_BYTES, file_too_large
 from schemas.endpoints import ENDPOINTS, Endpoint
 from schemas.errors import InputError, Loc, ValidationFailed
 from schemas.inputs import Input
-from schemas.sizes import ImageSize, Size, requested_size
+from schemas.sizes import ImageSize, Size, generation_size, requested_size
 from schemas.task import Lora, Picture, Task, Tiling
 
 
@@ -46,28 +47,46 @@ async def read_task(
         yield
         timings[name] += time.perf_counter() - began
 
-    async def picture(field: str, wanted: ImageSize | str) -> tuple[Picture, Size]:
+    async def fetch(field: str) -> bytes:
         with stage("input_fetch"):
-            data = await _input_bytes(fields[field], ("body", field), job, services)
+            return await _input_bytes(fields[field], ("body", field), job, services)
+
+    async def decode(field: str, data: bytes, wanted: ImageSize | str) -> tuple[Picture, Size]:
         with stage("input_decode"):
             return await services.decoder(data, wanted, ("body", field))
 
-    loras = []
-    for k, lora in enumerate(fields.get("loras", ())):
-        with stage("input_fetch"):
-            digest = await services.loras(lora.path, ("body", "loras", k, "path"))
-        loras.append(Lora(digest, lora.scale))
+    wanted_loras = fields.get("loras", ())
+    with stage("input_fetch"):
+        digests = await asyncio.gather(
+            *(
+                services.loras(each.path, ("body", "loras", k, "path"))
+                for k, each in enumerate(wanted_loras)
+            )
+        )
+    loras = tuple(
+        Lora(digest, each.scale) for digest, each in zip(digests, wanted_loras, strict=True)
+    )
     if fields.get("image_url") is not None:
-        image, size = await picture("image_url", params.image_size)
+        data = await fetch("image_url")
+        image, size = await decode("image_url", data, params.image_size)
+        if "tiling_mode" in fields and (image.width, image.height) != size:
+            # Its edges are to match: so it has to fill what is generated, without a margin.
+            image, _ = await decode("image_url", data, _generated(size))
         log(f"input picture ready, generating {size.width}×{size.height}")
     elif params.image_size == "auto":
         size = requested_size("square_hd")
     else:
         size = requested_size(params.image_size)
     if fields.get("mask_image_url") is not None:
-        mask, _ = await picture("mask_image_url", ImageSize(**size._asdict()))
+        data = await fetch("mask_image_url")
+        mask, _ = await decode("mask_image_url", data, _generated(size))
     task = make_task(params, image, mask, size, ENDPOINTS[job.endpoint], services)
-    return replace(task, loras=tuple(loras))
+    return replace(task, loras=loras)
+
+
+def _generated(size: Size) -> ImageSize:
+    width, height = generation_size(*size)
+    return ImageSize(width=width, height=height)
 
 
 async def _input_bytes(url: str, loc: Loc, job: Job, services: Services) -> bytes:

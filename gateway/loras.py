@@ -3,8 +3,8 @@
     URL, upload, hub repository, name in the directory  →  <SHA-256>.safetensors
 
 A file's header is checked as soon as it is here (`schemas.lora`), so one that is not for Z-Image costs no
-GPU second. What a URL held is believed for TRUSTED seconds; what nobody has used for a day makes room
-when the directory is full. Files that the operator put there by name stay.
+GPU second. What a URL held is believed for TRUSTED seconds; what was used longest ago makes room when
+the directory is full. Files that the operator put there by name stay.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import quote
+from weakref import WeakValueDictionary
 
 from gateway.fetch import Fetcher
 from gateway.files import Files, own_name
@@ -30,11 +32,12 @@ MAX_BYTES = 2 * 2**30
 """Of one file. Rank 128 on all layers of Z-Image has 0.8 GB."""
 
 DIRECTORY_BYTES = 40 * 2**30
-FETCH_SECONDS = 600.0
+FETCH_SECONDS = 180.0
 TRUSTED = 3600.0
-KEPT_UNUSED = 24 * 3600.0
+SPARED = 3600.0
+"""Seconds since its last use for which a file stays in a full directory: its request may wait still."""
 
-_NAMED = re.compile(r"[\w][\w.-]*")
+_NAMED = re.compile(r"\w[\w.-]{0,199}")
 _REPOSITORY = re.compile(r"(?P<id>\w[\w.-]*/\w[\w.-]*)(/(?P<file>\w[\w ./-]*\.safetensors))?")
 _DIGEST = re.compile("[0-9a-f]{64}")
 _PREFERRED = "pytorch_lora_weights.safetensors"
@@ -45,7 +48,11 @@ async def _nothing() -> None:
 
 
 class LoraStore:
-    """`await store(path, loc)` → digest. saved: called when a file has come, to make it durable."""
+    """`await store(path, loc)` → digest.
+
+    saved: called when a file has come, to make it durable; refresh: when one is missed, that may have
+    been put into the directory elsewhere.
+    """
 
     def __init__(
         self,
@@ -53,22 +60,23 @@ class LoraStore:
         fetcher: Fetcher,
         files: Files,
         saved: Callable[[], Awaitable[None]] = _nothing,
+        refresh: Callable[[], Awaitable[None]] = _nothing,
     ) -> None:
         self._directory, self._sources = directory, directory / "sources"
         self._fetcher, self._files, self._saved = fetcher, files, saved
+        self._refresh = refresh
+        self._one_at_a_time: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
 
     async def __call__(self, path: str, loc: Loc) -> str:
         """The file's SHA-256. Raises InputError: file_download_error, file_too_large, value_error."""
         self._sources.mkdir(parents=True, exist_ok=True)
         if path.startswith(("http://", "https://")):
-            name = own_name(path)
-            chunks = await self._files.stream(name) if name else None
-            if chunks is not None:
-                return await self._known_or(name or path, lambda: self._receive(chunks, loc))
-            return await self._known_or(path, lambda: self._download(path, loc))
+            return await self._known_or(own_name(path) or path, lambda: self._from_url(path, loc))
         if _NAMED.fullmatch(path):
             named = self._directory / f"{path.removesuffix('.safetensors')}.safetensors"
+            if not named.is_file():
+                await self._refresh()
             if named.is_file() and not _DIGEST.fullmatch(named.stem):
                 key = f"{named.name} {named.stat().st_mtime_ns}"
                 return await self._known_or(key, lambda: self._receive(_read(named), loc))
@@ -83,24 +91,28 @@ class LoraStore:
 
     async def _known_or(self, key: str, get: Callable[[], Awaitable[str]]) -> str:
         source = self._sources / hashlib.sha256(key.encode()).hexdigest()
-        if source.is_file() and time.time() - source.stat().st_mtime < TRUSTED:
-            digest = source.read_text()
-            file = self._path(digest)
-            if file.is_file():
-                os.utime(file)
-                return digest
-        digest = await get()
-        source.write_text(digest)
-        await self._saved()
-        return digest
+        async with self._one_at_a_time.setdefault(key, asyncio.Lock()):
+            with suppress(FileNotFoundError):
+                if time.time() - source.stat().st_mtime < TRUSTED:
+                    digest = source.read_text()
+                    os.utime(self._path(digest))  # used; and still there
+                    return digest
+            digest = await get()
+            await self._saved()  # before the note: whoever reads it sends a GPU there
+            source.write_text(digest)
+            return digest
+
+    async def _from_url(self, url: str, loc: Loc) -> str:
+        if name := own_name(url):  # a file of ours: no way through the network
+            chunks = await self._files.stream(name)
+            if chunks is not None:
+                return await self._receive(chunks, loc)
+        return await self._download(url, loc)
 
     async def _from_hub(self, match: re.Match[str], loc: Loc) -> str:
         file = match["file"]
         if file is None:
-            listing = bytearray()
-            await self._fetcher.download(
-                f"{self._hub}/api/models/{match['id']}", listing.extend, loc, named=match["id"]
-            )
+            listing = await self._fetcher(f"{self._hub}/api/models/{match['id']}", loc)
             found = [
                 name
                 for name in re.findall(
@@ -143,18 +155,21 @@ class LoraStore:
         return digest
 
     def _make_room(self) -> None:
-        """Delete what was used longest ago, if it is long enough."""
-        found = [
-            (file.stat(), file)
-            for file in self._directory.glob("*.safetensors")
-            if _DIGEST.fullmatch(file.stem)
-        ]
-        total = sum(stat.st_size for stat, _ in found)
-        for stat, file in sorted(found, key=lambda pair: pair[0].st_mtime):
-            if total <= DIRECTORY_BYTES or time.time() - stat.st_mtime < KEPT_UNUSED:
+        """Delete what a killed process left half-way, and what was used longest ago."""
+        found, now = [], time.time()
+        for file in self._directory.iterdir():
+            with suppress(FileNotFoundError):  # another thread was quicker
+                stat = file.stat()
+                if file.suffix == ".part" and now - stat.st_mtime > 2 * FETCH_SECONDS:
+                    file.unlink()
+                elif _DIGEST.fullmatch(file.stem):
+                    found.append((stat.st_mtime, stat.st_size, file))
+        total = sum(size for _, size, _ in found)
+        for used, size, file in sorted(found):
+            if total <= DIRECTORY_BYTES or now - used < SPARED:
                 return
             file.unlink(missing_ok=True)
-            total -= stat.st_size
+            total -= size
 
     def _path(self, digest: str) -> Path:
         return self._directory / f"{digest}.safetensors"

@@ -48,8 +48,7 @@ async def run_once(
         private = settings.model_copy(update={"home": Path(home), "loras": settings.lora_directory})
         async with LocalPlatform(private, generate) as platform:
             for lora in body.get("loras", ()):
-                if (file := Path(lora["path"])).is_file():
-                    data = await asyncio.to_thread(file.read_bytes)
+                if data := await asyncio.to_thread(_own, lora["path"]):
                     name = await platform.files.put(data, "bin", LIFETIME)
                     lora["path"] = f"http://localhost{URL_PATH}{name}"
             job = Job(str(uuid.uuid4()), endpoint, ANONYMOUS, "file://", time.time())
@@ -63,3 +62,11 @@ async def run_once(
             names = [image["file_name"] for image in answer.get("images", [])]
             files = [await platform.files.get(name) for name in names]
             return Answer(outcome.status, answer, [file for file in files if file is not None])
+
+
+def _own(path: str) -> bytes | None:
+    """A file of this machine's, if that is what is meant."""
+    try:
+        return Path(path).read_bytes()
+    except OSError:
+        return None

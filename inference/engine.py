@@ -35,10 +35,11 @@ from inference.drawing import Drawing
 from inference.models import Models
 from inference.plan import Plan, default_device, plan
 from inference.safety import THRESHOLD, OpenNSFW, SafetyChecker
+from inference.tiling import resize
 from inference.weights import Weights
 from media.decode import to_image
 from media.encode import encode
-from schemas.errors import InputError
+from schemas.errors import InputError, Loc
 from schemas.lora import LoraError
 from schemas.task import Acceleration, EncodedImage, Progress, Result, Task, TaskCancelled
 
@@ -120,7 +121,8 @@ class Engine:
                 else self._unchanged(task)
             )
             images = self._finished(pictures, task, clock)
-            return Result(images, task.seed, task.prompt, n, clock.timings(), str(how))
+            done = self.models.what_ran(how) if n else ""
+            return Result(images, task.seed, task.prompt, n, clock.timings(), done)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -153,7 +155,11 @@ class Engine:
 
     def _unchanged(self, task: Task) -> Iterator[Image.Image]:
         assert task.image is not None, "strength 0 needs an input picture"
-        picture = to_image(task.image).crop((0, 0, task.width, task.height))
+        picture = to_image(task.image)
+        if task.tiling:
+            picture = resize(picture, task.width, task.height)
+        else:
+            picture = picture.crop((0, 0, task.width, task.height))
         for _ in range(task.num_images):
             yield picture
 
@@ -168,6 +174,9 @@ class Engine:
     ) -> Iterator[Image.Image]:
         """Pictures of a task one after the other. The lock is free between two of them."""
         drawing = None
+        if task.loras:
+            with clock.stage("lora"), _refusing(task):
+                self.models.loras.prefetch(task.loras)
         for k in range(task.num_images):
 
             def on_step(step: int, k: int = k) -> None:
@@ -183,16 +192,10 @@ class Engine:
 
     def _merge(self, task: Task, clock: StageClock) -> None:
         """Make the weights the task's; since its last picture another one may have had its turn."""
-        if task.loras == self.models.loras.active:
-            return
-        with clock.stage("lora"):
-            try:
+        if task.loras != self.models.loras.active:
+            with clock.stage("lora"), _refusing(task):
                 self.models.merge(task.loras)
-            except LoraError as error:
-                raise InputError(
-                    ("body", "loras"), f"This LoRA cannot be used: {error}", "value_error"
-                ) from None
-            self.models.synchronize()
+                self.models.synchronize()
 
     @contextmanager
     def _turn(self, cancelled: Callable[[], bool]) -> Iterator[None]:
@@ -230,3 +233,16 @@ class Engine:
             image = Image.new("RGB", image.size)
         with clock.stage("file_encode"):
             return EncodedImage(encode(image, task.output_format), flagged)
+
+
+@contextmanager
+def _refusing(task: Task) -> Iterator[None]:
+    """Raises InputError, naming the LoRA, for one that cannot be applied."""
+    try:
+        yield
+    except LoraError as error:
+        loc: Loc = ("body", "loras")
+        for k, lora in enumerate(task.loras):
+            if lora.digest == error.digest:
+                loc = ("body", "loras", k, "path")
+        raise InputError(loc, f"This LoRA cannot be used: {error}", "value_error") from None

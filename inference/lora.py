@@ -9,11 +9,12 @@
 3. Storage never changes. Weights are written with `copy_`, so compiled code, CUDA graphs and views of
    the weights stay valid, and a forward costs what it costs without LoRAs.
 
-Whoever calls sees to it that no forward runs meanwhile. Knows no requests and fetches nothing.
+Whoever calls `apply` sees to it that no forward runs meanwhile. Knows no requests and fetches nothing.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -52,6 +53,7 @@ class Loras:
         self._directory = directory
         self._cache_bytes = cache_bytes
         self._cache: OrderedDict[str, LoraFile] = OrderedDict()
+        self._loading = threading.Lock()
         self._backup_device = backup
         self._pristine: dict[str, Tensor] = {}
         self._changed: set[str] = set()
@@ -118,13 +120,24 @@ class Loras:
 
     def _file(self, digest: str, weights: Mapping[str, Tensor]) -> LoraFile:
         """From the cache or from disk. Raises LoraError if it does not fit the weights."""
-        file = self._cache.pop(digest, None) or _load(
-            self._directory / f"{digest}.safetensors", weights
-        )
-        self._cache[digest] = file
-        while self._cache and sum(f.bytes for f in self._cache.values()) > self._cache_bytes:
-            self._cache.popitem(last=False)
-        return file
+        with self._loading:
+            try:
+                file = self._cache.pop(digest, None) or _load(
+                    self._directory / f"{digest}.safetensors", weights
+                )
+            except LoraError as error:
+                error.digest = digest
+                raise
+            self._cache[digest] = file
+            while self._cache and sum(f.bytes for f in self._cache.values()) > self._cache_bytes:
+                self._cache.popitem(last=False)
+            return file
+
+    def prefetch(self, loras: Sequence[Lora]) -> None:
+        """Read and check files while others draw. Raises what `apply` raises. For any thread."""
+        weights = dict(self._transformer.named_parameters())
+        for lora in loras:
+            self._file(lora.digest, weights)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +159,8 @@ def _load(path: Path, weights: Mapping[str, Tensor]) -> LoraFile:
             names = list(opened.keys())
             shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in names}
             found = adapters(shapes, opened.metadata())
-            tensors = {name: opened.get_tensor(name) for name in names}
+            # Clones: the others would keep the file open, and a Volume with open files stays as it is.
+            tensors = {name: opened.get_tensor(name).clone() for name in names}
     except SafetensorError as error:
         raise LoraError(f"not a safetensors file: {error}") from error
     for name, tensor in tensors.items():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,12 @@ class Models:
         if self._lean is None:
             self._lean = LeanTransformer(self.transformer, compiled=how.compiled)
         return self._lean.velocity(embeds, sigmas, height, width, in_8_bits=how.float8)
+
+    def what_ran(self, how: Plan) -> str:
+        """The plan in words, as it turned out: blocks that cannot be compiled run as they are."""
+        if how.compiled and self._lean is not None and not self._lean.compiled:
+            how = replace(how, compiled=False)
+        return str(how)
 
     def autoencoder_for(self, tiling: Tiling | None) -> Autoencoder:
         """The VAE, or the one whose padding goes round the edges that match."""

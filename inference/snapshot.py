@@ -21,6 +21,7 @@ import torch
 
 from inference.engine import Engine
 from inference.safety import THRESHOLD
+from schemas.task import Lora
 
 Mode = Literal["gpu", "cpu", "off"]
 
@@ -73,6 +74,10 @@ class SnapshotEngine:
         self._load(self._device)
         self._warm()
         return False
+
+    def lacks(self, loras: Sequence[Lora]) -> bool:
+        """Whether a file of these is not there, as far as this machine's view of the directory goes."""
+        return not all((self._loras / f"{lora.digest}.safetensors").is_file() for lora in loras)
 
     def healthy(self) -> bool:
         """Whether a picture can still be drawn: after some errors a GPU does nothing any more."""

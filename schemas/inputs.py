@@ -133,7 +133,7 @@ class TilingInput(TurboInput):
     def check(self) -> None:
         if self.mask_image_url is not None and self.image_url is None:
             raise InputError(("body", "image_url"), "A mask needs an image", "missing")
-        if self.tile_stride > self.tile_size:
+        if "tile_stride" in self.model_fields_set and self.tile_stride > self.tile_size:
             raise InputError(
                 ("body", "tile_stride"),
                 f"Input should be less than or equal to tile_size, {self.tile_size}",

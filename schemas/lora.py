@@ -31,6 +31,9 @@ Kind = Literal["lora", "lokr", "loha", "diff"]
 class LoraError(Exception):
     """A file that is not a LoRA for this model; the message says why, to whoever sent it."""
 
+    digest: str | None = None
+    """Which file, where that is known."""
+
 
 @dataclass(frozen=True, slots=True)
 class Adapter:

@@ -1,7 +1,8 @@
 """What crosses the border between gateway and engine: plain data, no torch on either side.
 
 A `Task` is validated as far as that goes without the weights; what only they can tell (whether a LoRA
-fits, whether a picture fits into memory) an engine says with an InputError. Pictures travel as raw sRGB so
+fits, whether a picture fits into memory) an engine says with an InputError. No slots: what an older
+deployment has pickled finds the defaults of fields that are new. Pictures travel as raw sRGB so
 that the engine need not know of file formats on the way in.
 """
 
@@ -18,7 +19,7 @@ Variant = Literal["turbo", "base"]
 """A set of weights. One engine serves one variant."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Picture:
     """8-bit sRGB pixels, rows top to bottom, 3 bytes each: len(rgb) == width · height · 3."""
 
@@ -27,7 +28,7 @@ class Picture:
     rgb: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Lora:
     """Small changes of the weights for one request.
 
@@ -39,7 +40,7 @@ class Lora:
     scale: float = 1.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Tiling:
     """A picture that continues into itself. "horizontal": its left edge continues its right one.
 
@@ -56,12 +57,12 @@ class Tiling:
         return self.mode != "horizontal", self.mode != "vertical"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Task:
     """One request for `num_images` pictures of exactly width×height pixels.
 
     image: None for text-to-image; otherwise a picture at `generation_size(width, height)`, whose
-      top-left width×height pixels are the picture to work from.
+      top-left width×height pixels are the picture to work from; with tiling all of it is.
     mask: at the same size, white where `image` is made anew, black where it is kept; None for all of it.
     strength: 0…1, 1 for text-to-image. steps: ≥ 1. seed: any integer; picture k uses seed + k.
     guidance_scale: 0 for none (turbo); with it, a second forward for `negative_prompt` every step.
@@ -88,7 +89,7 @@ class Task:
     expand_prompt: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class EncodedImage:
     """A finished file: its bytes, and whether it is the black stand-in for a flagged picture."""
 
@@ -96,7 +97,7 @@ class EncodedImage:
     flagged: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Result:
     """`timings` are seconds per stage, summed over pictures; `inference` is the whole.
 
@@ -111,7 +112,7 @@ class Result:
     plan: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Failure:
     """What an engine in another process answers instead of raising: exceptions do not travel well.
 
@@ -124,7 +125,7 @@ class Failure:
     detail: dict[str, Any] | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Progress:
     """Step `step` of `steps` of picture `image` of `images` is done (all counted from 1)."""
 

@@ -270,9 +270,13 @@ class LocalPlatform(Platform):
 
     async def _on_engine(self, run: _Run, task: Task, on_progress: OnProgress) -> Result:
         async with self._engine_slots:
-            self._records.count_attempt(run.job)
-            run.attempted = True
-            await self._records.committed()
+            while not run.attempted:
+                try:
+                    await self._records.attempt(run.job)
+                    run.attempted = True
+                except sqlite3.Error:  # perhaps another's, with whom it shared a transaction
+                    logger.exception("%s cannot begin, trying again", run.job.request_id)
+                    await asyncio.sleep(RETRY_SECONDS)
             return await self._generate(task, on_progress)
 
     async def _finish(self, job: Job, outcome: Outcome) -> None:

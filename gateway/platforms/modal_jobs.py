@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
 import time
@@ -70,7 +71,13 @@ async def _run_job(job: Job, body: bytes, parts: Parts, settings: Settings) -> O
             parts.files,
             fetcher := _fetcher(settings.fetch_allow),
             _decoder(),
-            LoraStore(settings.lora_directory, fetcher, parts.files, parts.loras.commit.aio),
+            LoraStore(
+                settings.lora_directory,
+                fetcher,
+                parts.files,
+                saved=parts.loras.commit.aio,
+                refresh=functools.partial(_reload, parts.loras),
+            ),
             settings.acceleration_default,
             settings.retention,
             resume=functools.partial(_resume, job, records),
@@ -162,6 +169,11 @@ async def _result(call_id: str) -> Result:
         case "lost":
             raise disconnected(result.reason)
     raise EngineFailure(result.reason)
+
+
+async def _reload(volume: modal.Volume) -> None:
+    with contextlib.suppress(RuntimeError):  # a file is open: another job's, on its way in
+        await volume.reload.aio()  # type: ignore[no-untyped-call]
 
 
 @functools.cache

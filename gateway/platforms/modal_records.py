@@ -102,7 +102,7 @@ class ModalRecords:
     async def claim_engine(self, request_id: str, call_id: str, task: Task) -> str:
         """The one call of the GPU class that counts: this one, or an earlier one's id."""
         entry = (request_id, "engine")
-        mine = (call_id, dataclasses.replace(task, image=None))
+        mine = (call_id, dataclasses.replace(task, image=None, mask=None))
         if await self._entries.put.aio(entry, mine, skip_if_exists=True):
             return call_id
         return str((await self._entries.get.aio(entry))[0])

@@ -334,10 +334,15 @@ class Records:
             body = await asyncio.to_thread(self._path(request_id, "output").read_bytes)
         return _outcome(row, bytes(body))
 
-    def count_attempt(self, job: Job) -> None:
-        """The engine takes the job on: when `committed` returns, not before."""
+    async def attempt(self, job: Job) -> None:
+        """The engine takes the job on. Raises sqlite3.Error, and then it does not."""
         job.attempt()
-        self._update(job, None)
+        try:
+            self._update(job, None)
+            await self.committed()
+        except sqlite3.Error:
+            job.attempts -= 1
+            raise
 
     def hand_back(self, job: Job, attempted: bool) -> None:
         """Back to the queue, in its old place, at an orderly stop."""

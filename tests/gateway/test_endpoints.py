@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import threading
@@ -11,12 +12,18 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 from safetensors.torch import save as save_tensors
 
 from inference.engine import Engine
+from media.decode import to_image, to_picture
+from media.fit import fit
 from schemas.endpoints import ENDPOINTS
-from tests.conftest import Server, opened, serving
+from schemas.sizes import generation_size
+from schemas.task import Tiling
+from tests.conftest import Server, encoded, opened, serving
 from tests.gateway.test_run import CAT_URI
 from tests.inference.lora_files import pairs, weights, written
 
@@ -78,6 +85,64 @@ def test_expansion_that_the_weights_cannot_do(server: Server) -> None:
     (detail,) = answer.json()["detail"]
     assert answer.status_code == 422 and detail["type"] == "feature_not_supported"
     assert detail["loc"] == ["body", "enable_prompt_expansion"]
+
+
+def test_expansion_is_in_the_answer_and_on_the_bill(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("inference.weights.Weights.language_model", True)
+    monkeypatch.setattr("inference.expansion.MAX_TOKENS", 6)
+    answer = server.http.post(Z + "turbo", json=SMALL | {"enable_prompt_expansion": True})
+    assert answer.json()["prompt"] not in ("", SMALL["prompt"])
+    plain = server.http.post(Z + "turbo", json=SMALL)
+    units = [float(each.headers["x-fal-billable-units"]) for each in (plain, answer)]
+    assert units[1] - units[0] == pytest.approx(0.0025 / 0.005)
+
+
+# ## Tiling
+
+
+def mask_of(width: int, height: int, white: tuple[int, int, int, int]) -> str:
+    """A data URI: white within a box, black around."""
+    mask = Image.new("L", (width, height))
+    mask.paste(255, white)
+    return "data:image/png;base64," + base64.b64encode(encoded(mask)).decode()
+
+
+@pytest.mark.parametrize("size", [(192, 160), (200, 150)])
+def test_what_a_mask_keeps(server: Server, photo: Image.Image, size: tuple[int, int]) -> None:
+    width, height = size
+    cat = "data:image/png;base64," + base64.b64encode(encoded(photo)).decode()
+    fields = {"image_url": cat, "image_size": {"width": width, "height": height}, "strength": 0.9}
+    mask = mask_of(width, height, (0, 0, width // 2, height))
+    _, picture = made(server, "turbo/tiling", **fields, mask_image_url=mask)
+    whole = generation_size(width, height)
+    kept = to_image(fit(to_picture(photo), *whole)).resize(size, Image.Resampling.LANCZOS)
+    got, wanted = (np.asarray(each, np.int16) for each in (opened(picture), kept))
+    assert opened(picture).size == size
+    difference = np.abs(got - wanted)
+    right = difference[8:-8, width // 2 + 8 : -8]
+    assert right.max() <= (0 if whole == size else 12)  # byte for byte, or after one resize
+    assert difference[:, : width // 2 - 8].mean() > 5
+
+
+def test_auto_is_the_input_s_size_or_a_megapixel(server: Server, photo: Image.Image) -> None:
+    cat = "data:image/png;base64," + base64.b64encode(encoded(photo)).decode()
+    _, picture = made(server, "turbo/tiling", image_size="auto", image_url=cat)
+    assert opened(picture).size == photo.size
+    before = len(server.engine.tasks)
+    with server.ending("failed", "none"):
+        server.http.post(Z + "turbo/tiling", json=SMALL | {"image_size": "auto"})
+    (task,) = server.engine.tasks[before:]
+    assert (task.width, task.height) == (1024, 1024) and task.image is None
+    assert task.tiling == Tiling("both", 128, 64)
+
+
+def test_strength_0_returns_the_input(server: Server, photo: Image.Image) -> None:
+    cat = "data:image/png;base64," + base64.b64encode(encoded(photo)).decode()
+    size = {"width": 192, "height": 160}
+    _, picture = made(server, "turbo/tiling", image_url=cat, image_size=size, strength=0)
+    assert opened(picture).tobytes() == fit(to_picture(photo), 192, 160).rgb
 
 
 # ## LoRAs

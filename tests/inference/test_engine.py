@@ -307,7 +307,7 @@ def test_promise_8_a_lora_does_not_leak(engine: Engine, task: Task) -> None:
     assert only(engine(change(task, loras=(half,)))) not in (adapted, before["regular"])
     with pytest.raises(InputError, match=r"no layers\.99") as refused:
         engine(change(task, loras=(strong, misfit)))
-    assert refused.value.detail[0]["loc"] == ["body", "loras"]
+    assert refused.value.detail[0]["loc"] == ["body", "loras", 1, "path"]
     with pytest.raises(TaskCancelled):
         asked: list[int] = []
         engine(change(task, loras=(strong,)), cancelled=lambda: asked.append(1) or len(asked) > 3)

@@ -70,7 +70,7 @@ def test_the_gpu_class(plane: Plane) -> None:
     assert types == ["H100", "H200", "A100-80GB"]
     for function in ranked:
         assert function.max_concurrent_inputs == 4
-        assert function.timeout_secs == 300 and function.startup_timeout_secs == 1200
+        assert function.timeout_secs == 2400 and function.startup_timeout_secs == 1200
         assert function.retry_policy.retries == 2
         assert {m.mount_path: m.volume_id for m in function.volume_mounts} == {
             "/weights": "vo-zimage-weights",

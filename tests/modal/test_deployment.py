@@ -238,7 +238,7 @@ def test_a_lora_goes_by_the_volume(deployment: Deployed, engine: Engine) -> None
     assert [answer.status_code for answer in answers] == [200, 200, 422, 200], refused.text
     assert plain.json()["images"] == again.json()["images"] != adapted.json()["images"]
     (detail,) = refused.json()["detail"]
-    assert detail["loc"] == ["body", "loras"] and "layers.29" in detail["msg"]
+    assert detail["loc"] == ["body", "loras", 0, "path"] and "layers.29" in detail["msg"]
 
 
 @pytest.mark.parametrize("machine", [GPU, "job"])

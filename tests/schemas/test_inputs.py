@@ -159,6 +159,11 @@ def test_defaults_of_other_endpoints(endpoint: str, fields: dict[str, Any]) -> N
     assert ("enable_prompt_expansion" in model.model_fields) == endpoint.startswith("turbo")
 
 
+def test_a_small_tile_needs_no_stride() -> None:
+    body = json.dumps({"prompt": "a", "tile_size": 32}).encode()
+    assert parse(ENDPOINTS["fal-ai/z-image/turbo/tiling"], body)
+
+
 def test_a_lora_s_scale_is_one_by_default() -> None:
     (lora,) = TextToImageLoraInput(prompt="a", loras=[LoRAInput(path="a/b")]).loras
     assert (lora.path, lora.scale) == ("a/b", 1.0)

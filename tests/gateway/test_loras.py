@@ -1,0 +1,118 @@
+"""The directory of LoRA files: what goes, what stays, and what happens when it cannot be kept."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import save
+
+from gateway import loras
+from gateway.fetch import Fetcher
+from gateway.files import DirectoryFiles
+from gateway.loras import LoraStore
+from inference.engine import Engine
+from tests.inference.lora_files import pairs, weights, written
+
+LOC = ("body", "loras", 0, "path")
+
+
+@pytest.fixture(scope="module")
+def files(engine: Engine) -> list[bytes]:
+    changes = pairs(weights(engine.models.transformer), seed=3)
+    return [save({k: v + n for k, v in written("kohya", changes).items()}) for n in range(4)]
+
+
+def path_of(store: LoraStore, data: bytes) -> Path:
+    return store._path(hashlib.sha256(data).hexdigest())
+
+
+async def store_at(directory: Path, **hooks: object) -> tuple[LoraStore, DirectoryFiles]:
+    uploads = DirectoryFiles(directory / "files")
+    return LoraStore(directory / "loras", Fetcher(), uploads, **hooks), uploads  # type: ignore[arg-type]
+
+
+async def uploaded(uploads: DirectoryFiles, data: bytes) -> str:
+    return f"http://localhost/files/{await uploads.put(data, 'bin', 1000)}"
+
+
+def test_a_full_directory_loses_what_was_used_longest_ago(
+    tmp_path: Path, files: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def go() -> None:
+        store, uploads = await store_at(tmp_path)
+        monkeypatch.setattr(loras, "DIRECTORY_BYTES", 2 * len(files[0]) + 10)
+        urls = [await uploaded(uploads, data) for data in files]
+        for url in urls[:2]:
+            await store(url, LOC)
+        (tmp_path / "loras" / "mine.safetensors").write_bytes(files[3])
+        half = tmp_path / "loras" / "half.part"
+        half.write_bytes(b"left by a killed process")
+        for age, path in (
+            (9000, half),
+            (8000, path_of(store, files[0])),
+            (7000, path_of(store, files[1])),
+        ):
+            os.utime(path, (time.time() - age,) * 2)
+        await store(urls[0], LOC)  # used again
+        await store(urls[2], LOC)
+        assert not path_of(store, files[1]).exists() and not half.exists()
+        assert path_of(store, files[0]).exists() and path_of(store, files[2]).exists()
+        assert (tmp_path / "loras" / "mine.safetensors").exists()  # somebody's own
+        await store(urls[1], LOC)  # comes again; the others may be waited for
+        assert all(path_of(store, data).exists() for data in files[:3])
+
+    asyncio.run(go())
+
+
+def test_a_file_that_could_not_be_made_durable_is_not_believed_in(
+    tmp_path: Path, files: list[bytes]
+) -> None:
+    saves: list[str] = []
+
+    async def saved() -> None:
+        saves.append("tried")
+        if len(saves) == 1:
+            raise ConnectionError("the Volume is away")
+
+    async def go() -> None:
+        store, uploads = await store_at(tmp_path, saved=saved)
+        url = await uploaded(uploads, files[0])
+        with pytest.raises(ConnectionError):
+            await store(url, LOC)
+        await store(url, LOC)
+        await store(url, LOC)
+        assert len(saves) == 2
+
+    asyncio.run(go())
+
+
+def test_many_at_once_fetch_one_file_once(tmp_path: Path, files: list[bytes]) -> None:
+    saves: list[str] = []
+
+    async def saved() -> None:
+        saves.append("once")
+        await asyncio.sleep(0.05)
+
+    async def go() -> None:
+        store, uploads = await store_at(tmp_path, saved=saved)
+        url = await uploaded(uploads, files[0])
+        digests = await asyncio.gather(*(store(url, LOC) for _ in range(8)))
+        assert len(set(digests)) == 1 and len(saves) == 1
+
+    asyncio.run(go())
+
+
+def test_a_name_that_appears_later_is_found(tmp_path: Path, files: list[bytes]) -> None:
+    async def refresh() -> None:
+        (tmp_path / "loras" / "late.safetensors").write_bytes(files[0])
+
+    async def go() -> None:
+        store, _ = await store_at(tmp_path, refresh=refresh)
+        assert await store("late", LOC) == hashlib.sha256(files[0]).hexdigest()
+
+    asyncio.run(go())
