@@ -1,13 +1,10 @@
-"""Jobs in one SQLite file (WAL), written by one thread.
+"""Jobs in one SQLite file.
 
-Writes of a turn or two of the event loop share one transaction: each of `insert`, `finish` and
-`committed` returns when it is on record, or raises for all who shared it, and then nothing of it
-is. Reads for a caller commit first, so that nobody is told what a kill could take back.
+`insert`, `attempt`, `finish` and `committed` return when it is on record (see `journal`). Reads for a
+caller commit first, so that nobody is told what a kill could take back.
 
 Bodies beyond INLINE bytes (data URIs) live in files beside the database, written before the row that
-needs them: a database that copies megabytes would hold up the event loop. synchronous=NORMAL
-survives a killed process; a power cut may lose the last moments, never consistency. The only waits
-for the disk are checkpoints: `checkpoint`, on a thread, leaves little for SQLite's own to do.
+needs them: a database that copies megabytes would hold up the event loop.
 """
 
 from __future__ import annotations
@@ -32,13 +29,11 @@ from gateway.jobs import (
     key_reused,
     request_digest,
 )
+from gateway.platforms.journal import Journal
 from gateway.webhooks import Attempt, Delivery
 from schemas.errors import ApiError, QueueFull, StartTimeout
 
 INLINE = SMALL
-
-WAL_PAGES = 10_000
-"""Of 4 KiB: where SQLite itself checkpoints, between two writes, and begins the log anew."""
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (
@@ -110,14 +105,10 @@ class Records:
     def __init__(self, home: Path) -> None:
         self._bodies = home / "bodies"
         self._bodies.mkdir(parents=True, exist_ok=True)
-        self._file = home / "zimage.db"
-        self._db = sqlite3.connect(self._file, isolation_level=None)
-        self._db.row_factory = sqlite3.Row
-        self._db.executescript(
-            "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL;"
-            f"PRAGMA wal_autocheckpoint={WAL_PAGES};"
-        )
-        self._waiting: list[asyncio.Future[None]] = []
+        self._journal = Journal(home / "zimage.db")
+        self._db = self._journal.db
+        self.checkpoint = self._journal.checkpoint
+        self.committed = self._journal.committed
         self._spooled: set[str] = set()
         self._migrate()
         self._remove_orphans()
@@ -142,64 +133,12 @@ class Records:
                 self._spooled.add(path.stem)
 
     def close(self) -> None:
-        self._commit()
-        self._db.close()
-
-    def checkpoint(self) -> None:
-        """Bring the log into the database file. For another thread: the disk may take its time."""
-        with closing(sqlite3.connect(self._file)) as db:
-            db.execute("PRAGMA wal_checkpoint(PASSIVE)")
+        self._journal.close()
 
     @property
     def changes(self) -> int:
         """Rows written so far."""
-        return self._db.total_changes
-
-    async def committed(self) -> None:
-        """Until what was written before this call is on record. Raises sqlite3.Error if it is not."""
-        if self._db.in_transaction:
-            loop = asyncio.get_running_loop()
-            if not self._waiting:
-                # A turn later: whom this turn wakes, as `written` does, still joins.
-                loop.call_soon(loop.call_soon, self._commit_group)
-            end = loop.create_future()
-            self._waiting.append(end)
-            await end
-
-    def _commit_group(self) -> None:
-        with suppress(sqlite3.Error):  # those who wait are told
-            self._commit()
-
-    def _commit(self) -> None:
-        if not self._db.in_transaction:
-            return
-        try:
-            self._db.execute("COMMIT")
-        except sqlite3.Error as error:
-            self._roll_back(error)
-            raise
-        for end in self._waited_for():
-            end.set_result(None)
-
-    def _roll_back(self, error: sqlite3.Error) -> None:
-        if self._db.in_transaction:  # a full disk has undone it already
-            self._db.execute("ROLLBACK")
-        for end in self._waited_for():
-            end.set_exception(error)
-
-    def _waited_for(self) -> list[asyncio.Future[None]]:
-        ends, self._waiting = self._waiting, []
-        return [end for end in ends if not end.done()]
-
-    def _write(self, statement: str, values: tuple[Any, ...] = ()) -> sqlite3.Cursor:
-        """In the open transaction, whoever began it."""
-        try:
-            if not self._db.in_transaction:
-                self._db.execute("BEGIN IMMEDIATE")
-            return self._db.execute(statement, values)
-        except sqlite3.Error as error:
-            self._roll_back(error)
-            raise
+        return self._journal.changes
 
     async def insert(
         self, job: Job, body: bytes, written: Callable[[], None] = lambda: None
@@ -225,7 +164,7 @@ class Records:
         except ApiError:
             self._drop_input(job.request_id)
             raise
-        self._write(
+        self._journal.write(
             "INSERT INTO jobs (request_id, endpoint, key_id, origin, created, terms, low_priority,"
             " idempotency, digest, status, attempts, logs, input)"
             " VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?)",
@@ -297,7 +236,7 @@ class Records:
         job.drop(error, now)
         assert job.outcome is not None
         self._update(job, job.outcome.body)
-        self._commit()
+        self._journal.commit()
         self._drop_input(request_id)
         return job
 
@@ -310,19 +249,19 @@ class Records:
         for job in jobs:
             job.interrupt(now)
             self._update(job, job.outcome.body if job.outcome else None)
-        self._commit()
+        self._journal.commit()
         return jobs
 
     def get(self, request_id: str) -> Job | None:
         """A job without its bodies."""
-        self._commit_group()
+        self._journal.settle()
         row = self._db.execute(
             f"SELECT {_COLUMNS} FROM jobs WHERE request_id=?", (request_id,)
         ).fetchone()
         return _job(row) if row else None
 
     async def outcome(self, request_id: str) -> Outcome | None:
-        self._commit_group()
+        self._journal.settle()
         row = self._db.execute(
             f"SELECT {_COLUMNS}, output FROM jobs WHERE request_id=? AND status='COMPLETED'",
             (request_id,),
@@ -348,7 +287,7 @@ class Records:
         """Back to the queue, in its old place, at an orderly stop."""
         job.hand_back(attempted)
         self._update(job, None)
-        self._commit()
+        self._journal.commit()
 
     def with_deadline(self) -> list[Job]:
         """Queued jobs that must start within some time."""
@@ -374,7 +313,7 @@ class Records:
 
     def due_webhooks(self, now: float) -> list[Delivery]:
         """Webhooks to send now, those included that are being sent."""
-        self._commit_group()
+        self._journal.settle()
         rows = self._db.execute(
             "SELECT request_id, user_id, url, attempts FROM webhooks WHERE due<=? ORDER BY due",
             (now,),
@@ -387,7 +326,7 @@ class Records:
         return None if due is None else float(due)
 
     def record_attempt(self, delivery: Delivery, attempt: Attempt, now: float) -> None:
-        self._write(
+        self._journal.write(
             "UPDATE webhooks SET attempts=?, due=?, delivered=?, answer=? WHERE request_id=?",
             (
                 delivery.attempts + 1,
@@ -397,7 +336,7 @@ class Records:
                 delivery.request_id,
             ),
         )
-        self._commit()
+        self._journal.commit()
 
     def sweep(self, seconds: float) -> int:
         """Forget jobs that finished more than `seconds` ago, some hundreds at a time; returns how many.
@@ -405,18 +344,18 @@ class Records:
         Results not to be kept stay UNKEPT_SECONDS, for a client whose connection broke.
         """
         now = time.time()
-        rows = self._write(
+        rows = self._journal.write(
             "DELETE FROM jobs WHERE sequence IN (SELECT sequence FROM jobs WHERE status='COMPLETED'"
             " AND (finished<? OR (NOT kept AND finished<?)) AND NOT EXISTS (SELECT 1 FROM webhooks"
             " WHERE webhooks.request_id=jobs.request_id AND due IS NOT NULL)"
             " LIMIT 500) RETURNING request_id",
             (now - seconds, now - UNKEPT_SECONDS),
         ).fetchall()
-        self._write(
+        self._journal.write(
             "DELETE FROM webhooks WHERE due IS NULL"
             " AND request_id NOT IN (SELECT request_id FROM jobs)"
         )
-        self._commit()
+        self._journal.commit()
         for row in rows:
             for kind in ("input", "output"):
                 self._path(row["request_id"], kind).unlink(missing_ok=True)
@@ -430,13 +369,13 @@ class Records:
             results += (outcome.error, outcome.error_type, outcome.inference_time)
             results += (outcome.kept and job.terms.store,)
         ended = job.status == "COMPLETED"
-        self._write(
+        self._journal.write(
             f"UPDATE jobs SET {_STATE}{', input=NULL' if ended else ''} WHERE request_id=?",
             (job.status, job.started, job.finished, job.attempts, json.dumps(job.logs))
             + (*results, job.request_id),
         )
         if ended and job.terms.webhook:  # with the end of the job, or not at all
-            self._write(
+            self._journal.write(
                 "INSERT INTO webhooks (request_id, user_id, url, attempts, due) VALUES (?,?,?,0,?)",
                 (job.request_id, job.key_id, job.terms.webhook, job.finished),
             )

@@ -149,7 +149,23 @@ def test_nobody_is_told_what_is_not_on_record(tmp_path: Path) -> None:
     asyncio.run(scenario())
 
 
+def test_a_statement_that_fails_is_its_own_affair(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        records = Records(tmp_path)
+        inserts = [asyncio.create_task(records.insert(job(name), b"{}")) for name in "ab"]
+        await asyncio.sleep(0)
+        with pytest.raises(sqlite3.IntegrityError):
+            records._journal.write("INSERT INTO jobs (request_id) VALUES (NULL)")
+        await asyncio.gather(*inserts)
+        records.close()
+        assert on_record(tmp_path) == ["a", "b"]
+
+    asyncio.run(scenario())
+
+
 def test_who_shares_a_transaction_shares_its_failure(tmp_path: Path) -> None:
+    """A statement that undoes all of it, as some errors of a disk do."""
+
     async def scenario() -> None:
         records = Records(tmp_path)
         await records.insert(job("before"), b"{}")
@@ -159,7 +175,9 @@ def test_who_shares_a_transaction_shares_its_failure(tmp_path: Path) -> None:
         committed = asyncio.create_task(records.committed())
         await asyncio.sleep(0)
         with pytest.raises(sqlite3.Error):
-            records._write("INSERT INTO jobs (request_id) VALUES (NULL)")
+            records._journal.write(
+                "INSERT OR ROLLBACK INTO jobs SELECT * FROM jobs WHERE request_id='before'"
+            )
         results = await asyncio.gather(*inserts, committed, return_exceptions=True)
         assert all(isinstance(result, sqlite3.Error) for result in results)
         assert on_record(tmp_path) == ["before"]
