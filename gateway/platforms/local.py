@@ -225,10 +225,12 @@ class LocalPlatform(Platform):
             await self._queued.acquire()
             try:
                 if job := self._records.claim(time.time()):
-                    await self._records.committed()
                     if job.outcome is not None:
+                        await self._records.committed()
                         self._ended(job, job.outcome)
-                    else:
+                    elif job.request_id not in self._running:
+                        # Its claim is on record with its attempt. A kill before that, or a write
+                        # that failed and took it along, has it claimed again.
                         await self._run(job, services)
             except Exception:
                 logger.exception("jobs cannot be taken from the records, trying again")

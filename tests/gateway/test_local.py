@@ -15,6 +15,7 @@ import pytest
 from gateway.jobs import Job
 from gateway.platforms import local
 from gateway.platforms.local import LocalPlatform
+from gateway.platforms.records import Records
 from gateway.settings import Settings
 from schemas.task import EncodedImage, Progress, Result, Task
 
@@ -151,6 +152,33 @@ def test_a_failing_disk_is_waited_for(tmp_path: Path, monkeypatch: pytest.Monkey
         assert await platform.ready()
 
     on_platform(tmp_path, Sleepy(), scenario)
+
+
+def test_a_start_that_cannot_be_recorded_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody else's write failed, and took the attempt of this one along."""
+    engine, failures = Sleepy(), [1, 1]
+    attempt = Records.attempt
+
+    async def failing(self: Records, job: Job) -> None:
+        if failures:
+            failures.pop()
+            raise sqlite3.OperationalError("database or disk is full")
+        await attempt(self, job)
+
+    monkeypatch.setattr(Records, "attempt", failing)
+    monkeypatch.setattr(local, "RETRY_SECONDS", 0.01)
+
+    async def scenario(platform: LocalPlatform) -> None:
+        given = job()
+        await platform.submit(given, BODY)
+        outcome = await platform.wait(given.request_id)
+        assert outcome.status == 200 and engine.started == 1
+        view = await platform.view(given.request_id)
+        assert view is not None and view.job.attempts == 1
+
+    on_platform(tmp_path, engine, scenario)
 
 
 def test_a_stop_keeps_what_is_finished_and_what_was_cancelled(tmp_path: Path) -> None:
