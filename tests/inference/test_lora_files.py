@@ -192,8 +192,8 @@ def test_diffusers_metadata_scales(transformer: torch.nn.Module, loras: Loras) -
 def test_the_reference_pipeline_merges_the_same(
     engine: Engine, tmp_path: Path, layout: str
 ) -> None:
-    """Where diffusers understands a layout, and peft, which it needs for it, is installed."""
-    pytest.importorskip("peft")
+    """Where diffusers understands a layout. It leaves the arithmetic to peft."""
+
     from diffusers import ZImagePipeline
 
     loras = Loras(copy.deepcopy(engine.models.transformer), tmp_path)
