@@ -25,6 +25,7 @@ from gateway import schedule_commands, webhook_commands
 from gateway.settings import Settings, SettingsError, describe, read
 from gateway.terminal import (
     check_certificate,
+    check_lora,
     check_writable,
     console,
     fail,
@@ -136,6 +137,8 @@ def run(
         fail("--strength and --size auto need an input picture")
     if lora:
         endpoint += "/lora"
+        for each in lora:
+            check_lora(each)
     body = {name: value for name, value in body.items() if value is not None}
     settings = _settings(weights=weights)
     _check(endpoint, body)

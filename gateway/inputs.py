@@ -56,16 +56,21 @@ async def read_task(
             return await services.decoder(data, wanted, ("body", field))
 
     wanted_loras = fields.get("loras", ())
-    with stage("input_fetch"):
-        digests = await asyncio.gather(
-            *(
-                services.loras(each.path, ("body", "loras", k, "path"))
-                for k, each in enumerate(wanted_loras)
-            )
+    loras: tuple[Lora, ...] = ()
+    if wanted_loras:
+        with stage("input_fetch"):
+            async with services.downloading():
+                digests = await asyncio.gather(
+                    *(
+                        services.loras(each.path, ("body", "loras", k, "path"))
+                        for k, each in enumerate(wanted_loras)
+                    )
+                )
+        for each in wanted_loras:
+            log(f"LoRA {each.path[:100]} at {each.scale:g}")
+        loras = tuple(
+            Lora(digest, each.scale) for digest, each in zip(digests, wanted_loras, strict=True)
         )
-    loras = tuple(
-        Lora(digest, each.scale) for digest, each in zip(digests, wanted_loras, strict=True)
-    )
     if fields.get("image_url") is not None:
         data = await fetch("image_url")
         image, size = await decode("image_url", data, params.image_size)
@@ -99,7 +104,10 @@ async def _input_bytes(url: str, loc: Loc, job: Job, services: Services) -> byte
             return data
     if url.startswith(job.origin + URL_PATH):
         raise InputError(loc, "File download error", "file_download_error", input=url)
-    return await services.fetcher(url, loc)
+    if url[:5].lower() == "data:":
+        return await services.fetcher(url, loc)
+    async with services.downloading():
+        return await services.fetcher(url, loc)
 
 
 def make_task(

@@ -37,7 +37,7 @@ TRUSTED = 3600.0
 SPARED = 3600.0
 """Seconds since its last use for which a file stays in a full directory: its request may wait still."""
 
-_NAMED = re.compile(r"\w[\w.-]{0,199}")
+_NAMED = re.compile(r"\w[\w .-]{0,199}")
 _REPOSITORY = re.compile(r"(?P<id>\w[\w.-]*/\w[\w.-]*)(/(?P<file>\w[\w ./-]*\.safetensors))?")
 _DIGEST = re.compile("[0-9a-f]{64}")
 _PREFERRED = "pytorch_lora_weights.safetensors"
@@ -84,7 +84,7 @@ class LoraStore:
             return await self._known_or(path, lambda: self._from_hub(match, loc))
         raise InputError(
             loc,
-            "should be a URL, owner/repository, or the name of a LoRA",
+            "There is no LoRA of this name here, and it is no URL and no owner/repository",
             "value_error",
             input=path,
         )

@@ -29,7 +29,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_origin
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from cronsim import CronSim, CronSimError
@@ -124,7 +124,14 @@ class Schedule(BaseModel):
     def requests(self, at: datetime) -> list[bytes]:
         """The bodies of its requests: every combination of the values of its lists."""
         names = list(self.arguments)
-        choices = [each if isinstance(each, list) else [each] for each in self.arguments.values()]
+        # A field that is a list itself, as `loras`, is one value.
+        fields = ENDPOINTS[self.endpoint].input.model_fields
+        choices = [
+            value
+            if isinstance(value, list) and get_origin(fields[name].annotation) is not list
+            else [value]
+            for name, value in self.arguments.items()
+        ]
         return [
             json.dumps(
                 {name: _dated(value, at) for name, value in zip(names, values, strict=True)}

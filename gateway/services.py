@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 
 from gateway.decoder import Decoder
@@ -30,6 +31,8 @@ class Services:
     loras: LoraStore
     acceleration_default: Acceleration
     retention: float
+    downloading: Callable[[], AbstractAsyncContextManager[None]] = nullcontext
+    """Entered while a request waits for somebody else's server, so that others need not wait for it."""
     resume: Callable[[], Awaitable[tuple[Task, Result] | None]] | None = None
     """What the engine made of the job when it was performed before, and of which task."""
     transient: tuple[type[Exception], ...] = ()

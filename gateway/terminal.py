@@ -58,6 +58,14 @@ def path_and_scale(lora: str) -> dict[str, object]:
         return {"path": lora}
 
 
+def check_lora(lora: str) -> None:
+    """What looks like a file has to be one; a repository has one slash, and no suffix."""
+    path = str(path_and_scale(lora)["path"])
+    local = path.startswith((".", "/", "~")) or path.endswith(".safetensors")
+    if local and "://" not in path and path.count("/") != 2 and not Path(path).is_file():
+        fail(f"--lora {lora}: there is no such file")
+
+
 def image_size(size: str | None) -> object:
     if size is None or size == "auto" or size in PRESETS:
         return size

@@ -149,6 +149,11 @@ def test_help_lists_every_setting() -> None:
         assert f"ZIMAGE_{name.upper()}" in text
 
 
+def test_a_lora_that_is_not_there(tmp_path: Path) -> None:
+    done = zimage("run", "-", "x", "-o", tmp_path / "x.png", "--lora", "./typo.safetensors:0.5")
+    assert done.returncode == 2 and "no such file" in done.stderr
+
+
 def test_weights_info() -> None:
     done = zimage("weights", "info")
     assert done.returncode == 0

@@ -1,7 +1,7 @@
 """The platform of one process: jobs in SQLite, files in a directory, the engine beside the event loop.
 
 Survives kill -9: a job is on disk before it is accepted, and one that was running goes back to the
-queue at the next start. PREPARING requests fetch and decode while the engine is busy with another.
+queue at the next start. PREPARING requests decode while the engine is busy with another, and others download.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sqlite3
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -41,7 +41,10 @@ from schemas.errors import ApiError, Cancelled, StartTimeout, internal_error
 from schemas.task import Progress, Result, Task
 
 PREPARING = 4
-"""Requests in progress at a time, fetching or waiting for the engine."""
+"""Requests in progress at a time, decoding or waiting for the engine; those beside that download."""
+
+WORKERS = 32
+"""Requests in progress at a time, all told: slow servers hold up the requests that name them only."""
 
 ENGINE_SLOTS = 2
 """Requests at the engine: one at its tensors, one whose files are being encoded. Only they are
@@ -74,6 +77,7 @@ class LocalPlatform(Platform):
         self._fetcher = Fetcher(settings.fetch_allow)
         self._decoder = Decoder()
         self._queued = asyncio.Semaphore(0)
+        self._slots = asyncio.Semaphore(PREPARING)
         self._engine_slots = asyncio.Semaphore(ENGINE_SLOTS)
         self._stopping = False
         self._running: dict[str, _Run] = {}
@@ -105,7 +109,7 @@ class LocalPlatform(Platform):
             self._queued.release()
         for job in self._records.with_deadline():
             self._expire_later(job)
-        self._tasks = [asyncio.create_task(self._work(services)) for _ in range(PREPARING)]
+        self._tasks = [asyncio.create_task(self._work(services)) for _ in range(WORKERS)]
         self._tasks.append(asyncio.create_task(self._housekeeping()))
         self._tasks.append(asyncio.create_task(self._checkpoints()))
         self._tasks.append(asyncio.create_task(self._outbox.run()))
@@ -223,7 +227,9 @@ class LocalPlatform(Platform):
     async def _work(self, services: Services) -> None:
         while not self._stopping:
             await self._queued.acquire()
+            slot = _Slot(self._slots)
             try:
+                await slot.take()
                 if job := self._records.claim(time.time()):
                     if job.outcome is not None:
                         await self._records.committed()
@@ -231,11 +237,14 @@ class LocalPlatform(Platform):
                     elif job.request_id not in self._running:
                         # Its claim is on record with its attempt. A kill before that, or a write
                         # that failed and took it along, has it claimed again.
-                        await self._run(job, services)
+                        await self._run(job, replace(services, downloading=slot.lent))
             except Exception:
                 logger.exception("jobs cannot be taken from the records, trying again")
+                slot.give()
                 await asyncio.sleep(RETRY_SECONDS)
                 self._queued.release()
+            finally:
+                slot.give()
 
     async def _run(self, job: Job, services: Services) -> None:
         """Bring a job to its end; or, when the platform stops meanwhile, back to the queue."""
@@ -327,6 +336,28 @@ class LocalPlatform(Platform):
                 except sqlite3.Error:
                     logger.exception("the log cannot be brought into the database, trying again")
             await asyncio.sleep(CHECKPOINT_SECONDS)
+
+
+class _Slot:
+    """A request's place among those that are prepared, which it lends while it downloads."""
+
+    def __init__(self, slots: asyncio.Semaphore) -> None:
+        self._slots, self._held = slots, False
+
+    async def take(self) -> None:
+        await self._slots.acquire()
+        self._held = True
+
+    def give(self) -> None:
+        if self._held:
+            self._held = False
+            self._slots.release()
+
+    @asynccontextmanager
+    async def lent(self) -> AsyncIterator[None]:
+        self.give()
+        yield
+        await self.take()  # unless the download failed: then it is over
 
 
 class _Run:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -229,6 +230,27 @@ def test_a_lora_from_everywhere(
             assert digest == hashlib.sha256(lora_file).hexdigest()
 
 
+def test_servers_that_do_not_answer_hold_up_their_own_requests_only(server: Server) -> None:
+    with socket.create_server(("127.0.0.1", 0), backlog=32) as mute:
+        url = f"http://127.0.0.1:{mute.getsockname()[1]}/x"
+        waiting = [
+            server.http.post(f"/queue{Z}{endpoint}", json=SMALL | fields).json()
+            for endpoint, fields in (
+                ("turbo/image-to-image", {"image_url": url}),
+                ("turbo/lora", {"loras": [{"path": url}]}),
+            )
+            for _ in range(5)
+        ]
+        assert server.http.post(Z + "turbo", json=SMALL).status_code == 200
+        states = {server.http.get(each["status_url"]).json()["status"] for each in waiting}
+        assert states == {"IN_PROGRESS"}
+        for each in waiting:
+            assert server.http.put(each["cancel_url"]).status_code == 202
+        for each in waiting:
+            assert server.wait(each["status_url"])["error_type"] == "client_cancelled"
+    assert server.http.post(Z + "turbo", json=SMALL).status_code == 200
+
+
 def test_loras_that_are_refused_before_the_engine_hears_of_them(
     tmp_path: Path, engine: Engine, lora_file: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -264,9 +286,9 @@ def test_loras_that_are_refused_before_the_engine_hears_of_them(
             (f"{url}/gone", "file_download_error", "File download error"),
             ("http://10.1.2.3/lora", "file_download_error", "File download error"),
             ("someone/gone", "file_download_error", "File download error"),
-            ("../../passwd.safetensors", "value_error", "should be a URL"),
-            ("/etc/passwd", "value_error", "should be a URL"),
-            ("unheard-of", "value_error", "should be a URL"),
+            ("../../passwd.safetensors", "value_error", "no LoRA of this name"),
+            ("/etc/passwd", "value_error", "no LoRA of this name"),
+            ("unheard-of", "value_error", "no LoRA of this name"),
         ):
             detail = refused(server, "turbo/lora", loras=[{"path": path}])
             assert detail["loc"] == ["body", "loras", 0, "path"], path

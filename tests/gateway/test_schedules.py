@@ -56,6 +56,14 @@ def test_a_list_makes_a_request_of_each_of_its_values() -> None:
     assert bodies[0]["image_size"] == SMALL["image_size"]
 
 
+def test_loras_are_one_value() -> None:
+    arguments = {"prompt": ["a", "b"], "loras": [{"path": "style"}, {"path": "x/y", "scale": 0.5}]}
+    entry = {**ENTRY, "endpoint": "fal-ai/z-image/turbo/lora", "arguments": arguments}
+    bodies = [json.loads(body) for body in Schedule(**entry).requests(AT)]
+    assert [body["prompt"] for body in bodies] == ["a", "b"]
+    assert all(body["loras"] == arguments["loras"] for body in bodies)
+
+
 def test_cron_is_in_its_time_zone() -> None:
     paris = Schedule(**{**ENTRY, "timezone": "Europe/Paris"})
     assert paris.next(AT).astimezone(UTC) == datetime(2026, 3, 6, 6, 0, tzinfo=UTC)
