@@ -28,9 +28,13 @@ class Drawing:
     def __init__(self, models: Models, task: Task, how: Plan, clock: StageClock) -> None:
         self._models, self._task, self._clock = models, task, clock
         self._width, self._height = generation_size(task.width, task.height)
+        factor = sampling.LATENT_FACTOR
+        self._latent_size = self._height // factor, self._width // factor
         tokens = (self._width // 16) * (self._height // 16)
         self._sigmas = sampling.sigmas(models.scheduler, task.steps, task.strength, tokens)
         self._autoencoder = models.autoencoder_for(task.tiling)
+        self._original = _tensor(task.image) if task.image else None
+        self._mask = _luminance(task.mask) if task.mask else None
         with clock.stage("prompt_encode"), self._positions():
             self._velocity = self._velocity_of(how)
             models.synchronize()
@@ -57,7 +61,7 @@ class Drawing:
 
     def _velocity_of(self, how: Plan) -> Velocity:
         task, models = self._task, self._models
-        size = self._height // sampling.LATENT_FACTOR, self._width // sampling.LATENT_FACTOR
+        size = self._latent_size
         if task.tiling:
             size = tiling.tile(task.tiling, *size)
         sigmas = self._sigmas.to(models.device)
@@ -68,35 +72,35 @@ class Drawing:
         return tiling.seamless(velocity, task.tiling) if task.tiling else velocity
 
     def _positions(self) -> AbstractContextManager[None]:
-        plan, factor = self._task.tiling, sampling.LATENT_FACTOR
+        plan = self._task.tiling
         if plan is None:
             return nullcontext()
-        size = self._height // factor, self._width // factor
-        return tiling.periodic_positions(self._models.transformer, plan, *size)
+        return tiling.periodic_positions(self._models.transformer, plan, *self._latent_size)
 
     def _encode(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Latents to start from, and those that a mask keeps."""
-        task = self._task
-        if task.image is None or (self._sigmas[0] == 1.0 and task.mask is None):
+        task, original = self._task, self._original
+        if original is None or (self._sigmas[0] == 1.0 and self._mask is None):
             return None, None
-        pixels = sampling.from_pixels(_tensor(task.image))
-        kept = self._autoencoder.encode(pixels) if task.mask else None
+        # As bytes to the device: a quarter of what they are as numbers.
+        pixels = sampling.from_pixels(original.to(self._models.device))
+        kept = None if self._mask is None else self._autoencoder.encode(pixels)
         if task.tiling:
             pixels = tiling.without_border(pixels, task.tiling)
         return self._autoencoder.encode(pixels), kept
 
     def _keep(self, noise: torch.Tensor) -> Callable[[torch.Tensor, int], torch.Tensor]:
-        mask, kept = self._task.mask, self._kept_latents
+        mask, kept = self._mask, self._kept_latents
         if mask is None or kept is None:
             return lambda latents, i: latents
-        regenerate = tiling.regenerated(_luminance(mask)).to(noise.device)
+        regenerate = tiling.regenerated(mask).to(noise.device)
         return lambda latents, i: tiling.keep(latents, i, kept, noise, self._sigmas, regenerate)
 
     def _finish(self, pixels: torch.Tensor) -> Image.Image:
         """uint8 (H, W, 3) at the size generated → the picture asked for."""
         task, pixels = self._task, pixels.cpu()
-        if task.mask is not None and task.image is not None:
-            pixels = tiling.composite(pixels, _tensor(task.image), _luminance(task.mask))
+        if self._mask is not None and self._original is not None:
+            pixels = tiling.composite(pixels, self._original, self._mask)
         if task.tiling:
             return tiling.resize(Image.fromarray(pixels.numpy(), "RGB"), task.width, task.height)
         return Image.fromarray(pixels[: task.height, : task.width].numpy(), "RGB")

@@ -34,6 +34,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from serving import NO_OP_SERVER, Row, Serving
+from timing import alternate
 
 ROOT = Path(__file__).parent.parent
 CAT = ROOT / "examples" / "cat.jpg"
@@ -149,7 +150,7 @@ def encode(rounds: int = 5) -> list[Row]:
 
     rows = []
     for format in FORMATS:
-        medians = engine_bench().alternate(
+        medians = alternate(
             {"ours": partial(run_ours, format), "pillow": partial(run_pillow, format)}, rounds
         )
         rows.append(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import io
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ import torch
 from diffusers import ZImageImg2ImgPipeline, ZImagePipeline
 from PIL import Image
 from serving import Row
+from timing import alternate
 
 from inference.engine import Engine
 from inference.models import Models
@@ -29,23 +29,6 @@ from schemas.task import Acceleration, Lora, Task
 CAT = Path(__file__).parent.parent / "examples" / "cat.jpg"
 LEVELS: tuple[Acceleration, ...] = ("none", "regular", "high")
 SIDES = (512, 1024, 1536, 2048)
-
-
-def alternate(
-    functions: dict[str, Callable[[int], object]], rounds: int, warm_up: int = 2
-) -> dict[str, float]:
-    """Median seconds of each function; they take turns, so that the machine's moods hit all alike.
-
-    Each is called with the number of the round, to vary its input.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for number in range(-warm_up, rounds):
-        for name, function in functions.items():
-            started = time.perf_counter()
-            function(number)
-            if number >= 0:
-                seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 class Rivals:
