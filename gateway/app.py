@@ -18,7 +18,7 @@ from gateway.auth import Keys
 from gateway.direct import Direct
 from gateway.middleware import FalHeaders, FalHosts, Proxy
 from gateway.platform import Platform
-from gateway.responses import error_response, json_response
+from gateway.responses import PLAN_HEADER, error_response, json_response
 from gateway.routes import files, health, jwks, queue, realtime, run, storage, stream
 from gateway.settings import Settings
 from schemas.errors import ApiError, internal_error
@@ -35,6 +35,7 @@ BROWSERS: dict[str, Any] = {
         "x-fal-error-type",
         "x-fal-request-timeout-type",
         "x-fal-needs-retry",
+        PLAN_HEADER,
     ],
     "max_age": 86400,
 }

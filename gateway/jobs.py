@@ -57,6 +57,7 @@ class Outcome:
     """What a finished request answers: HTTP status, JSON body, billed units (megapixels).
 
     kept: False for `sync_mode`, whose pictures are not to stay in the request history.
+    plan: what the acceleration meant on the engine's device.
     """
 
     status: int
@@ -66,6 +67,7 @@ class Outcome:
     error_type: str | None = None
     inference_time: float | None = None
     kept: bool = True
+    plan: str | None = None
 
     @classmethod
     def of_error(cls, error: ApiError) -> Outcome:

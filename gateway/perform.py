@@ -58,8 +58,6 @@ async def _perform(
         made = task, await services.generate(task, on_progress)
     task, result = made
 
-    if result.plan:
-        log(f"acceleration {task.acceleration}: {result.plan}")
     began = time.perf_counter()
     images = [
         await _store(image.data, task, job, services, inline=params.sync_mode)
@@ -81,6 +79,7 @@ async def _perform(
         + task.expand_prompt * EXPANSION_PRICE / endpoint.price,
         inference_time=result.timings["inference"],
         kept=not params.sync_mode,
+        plan=f"{task.acceleration}: {result.plan}" if result.plan else None,
     )
 
 

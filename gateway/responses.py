@@ -13,6 +13,9 @@ from gateway.jobs import Outcome
 from schemas.errors import ApiError, StartTimeout
 from schemas.task import Progress
 
+PLAN_HEADER = "x-zimage-acceleration"
+"""The level, and what it meant on the device that drew: "regular: lean forward, compiled"."""
+
 
 def json_response(
     body: Any, status: int = 200, headers: Mapping[str, str] | None = None
@@ -34,6 +37,8 @@ def outcome_response(request_id: str, outcome: Outcome) -> Response:
         "x-fal-request-id": request_id,
         "x-fal-billable-units": billable_units(outcome.units),
     }
+    if outcome.plan:
+        headers[PLAN_HEADER] = outcome.plan
     if outcome.error_type:
         headers["x-fal-error-type"] = outcome.error_type
     if outcome.error_type == StartTimeout.error_type:

@@ -37,7 +37,7 @@ def list_webhooks(
     as_json: Annotated[bool, typer.Option("--json", help="One object for each.")] = False,
 ) -> None:
     """Webhooks on record, newest first: attempts, what the receiver last answered, what is next."""
-    from gateway.platforms.records import read_webhooks
+    from gateway.platforms.tables import read_webhooks
 
     try:
         rows = read_webhooks(_home(home))

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from gateway.jobs import Job
-from gateway.platforms import local
+from gateway.platforms import runs
 from gateway.platforms.local import LocalPlatform
 from gateway.platforms.records import Records
 from gateway.settings import Settings
@@ -99,12 +99,14 @@ def test_only_jobs_at_the_engine_are_suspected_of_a_crash(tmp_path: Path) -> Non
         async def crash() -> None:
             platform = LocalPlatform(Settings(home=tmp_path), Sleepy(60))
             await platform.__aenter__()
-            for _ in range(4 if not platform._records.queued() else 0):
+            for _ in range(4 if not platform._runs._runs else 0):
                 await submitted(platform)
             await asyncio.sleep(0.05)
-            for task in platform._tasks:  # gone, without a word to the records
-                task.cancel()
+            # Gone, without a word to the records.
             platform._records.hand_back = lambda *_: None  # type: ignore[method-assign]
+            await platform._runs.stop()
+            for task in platform._tasks:
+                task.cancel()
             await asyncio.gather(*platform._tasks, return_exceptions=True)
             platform._records.close()
             platform._lock.close()
@@ -118,21 +120,17 @@ def test_only_jobs_at_the_engine_are_suspected_of_a_crash(tmp_path: Path) -> Non
 
 
 def test_a_failing_disk_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local, "RETRY_SECONDS", 0.01)
-    failures = {"claim": 3, "update": 3, "body": 1}
+    monkeypatch.setattr(runs, "RETRY_SECONDS", 0.01)
+    failures = {"update": 3, "body": 1}
 
     async def scenario(platform: LocalPlatform) -> None:
         records = platform._records
-        claim, update, body = records.claim, records._update, records.body
+        update, body = records._update, records.body
 
         def fail(name: str) -> None:
             if failures[name]:
                 failures[name] -= 1
                 raise sqlite3.OperationalError("database or disk is full")
-
-        def failing_claim(now: float) -> Job | None:
-            fail("claim")
-            return claim(now)
 
         def failing_update(job: Job, output: bytes | None) -> None:
             if job.status == "COMPLETED":
@@ -143,7 +141,6 @@ def test_a_failing_disk_is_waited_for(tmp_path: Path, monkeypatch: pytest.Monkey
             fail("body")
             return await body(request_id)
 
-        records.claim = failing_claim  # type: ignore[method-assign]
         records._update = failing_update  # type: ignore[method-assign]
         records.body = failing_body  # type: ignore[method-assign]
         assert (await platform.wait(await submitted(platform))).status == 500  # it had no body
@@ -168,7 +165,7 @@ def test_a_start_that_cannot_be_recorded_is_tried_again(
         await attempt(self, job)
 
     monkeypatch.setattr(Records, "attempt", failing)
-    monkeypatch.setattr(local, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(runs, "RETRY_SECONDS", 0.01)
 
     async def scenario(platform: LocalPlatform) -> None:
         given = job()

@@ -161,13 +161,6 @@ def test_the_whole_way(held: Server) -> None:
                     "timestamp": "TIME",
                     "labels": {},
                 },
-                {
-                    "message": "acceleration regular: lean forward",
-                    "level": "INFO",
-                    "source": "USER",
-                    "timestamp": "TIME",
-                    "labels": {},
-                },
             ],
             "metrics": {"inference_time": 0},
         }

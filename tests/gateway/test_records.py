@@ -27,13 +27,20 @@ def test_jobs_start_in_the_order_they_came(tmp_path: Path) -> None:
         records = Records(tmp_path)
         for name in "abc":
             await records.insert(job(name), b"{}")
-        assert [records.position(name) for name in "abc"] == [0, 1, 2]
+        assert [records.backlog.position(name) for name in "abc"] == [0, 1, 2]
         first = records.claim(1.0)
         assert first is not None and first.request_id == "a"
-        assert [records.position(name) for name in "bc"] == [0, 1]
-        records.requeue_interrupted(2.0)
+        assert [records.backlog.position(name) for name in "bc"] == [0, 1]
+        records.close()
+        records = Records(tmp_path)  # the process died
+        assert not records.resume(2.0)  # the engine had not heard of it
         again = records.claim(3.0)
         assert again is not None and again.request_id == "a"
+        await records.attempt(again)
+        records.close()
+        records = Records(tmp_path)
+        assert [job.request_id for job in records.resume(4.0)] == ["a"]
+        assert [job.request_id for job in records.backlog] == ["a", "b", "c"]
         records.close()
 
     asyncio.run(scenario())
@@ -170,20 +177,25 @@ def test_who_shares_a_transaction_shares_its_failure(tmp_path: Path) -> None:
         records = Records(tmp_path)
         await records.insert(job("before"), b"{}")
         inserts = [asyncio.create_task(records.insert(job(name), b"{}")) for name in "ab"]
-        claiming = records.claim(1.0)
-        assert claiming is not None
-        committed = asyncio.create_task(records.committed())
+        before = records.claim(1.0)
+        assert before is not None
+        attempt = asyncio.create_task(records.attempt(before))
         await asyncio.sleep(0)
+        refused = records.claim(1.0)  # begun already, before it was accepted
+        assert refused is not None and refused.request_id == "a"
         with pytest.raises(sqlite3.Error):
             records._journal.write(
                 "INSERT OR ROLLBACK INTO jobs SELECT * FROM jobs WHERE request_id='before'"
             )
-        results = await asyncio.gather(*inserts, committed, return_exceptions=True)
+        results = await asyncio.gather(*inserts, attempt, return_exceptions=True)
         assert all(isinstance(result, sqlite3.Error) for result in results)
         assert on_record(tmp_path) == ["before"]
+        assert before.attempts == 0 and not records.backlog
+        with pytest.raises(LookupError):
+            await records.attempt(refused)
+        await records.attempt(before)
         await records.insert(job("after"), b"{}")
-        again = records.claim(2.0)
-        assert again is not None and again.request_id == "before"
+        assert [each.request_id for each in records.backlog] == ["after"]
         records.close()
         assert on_record(tmp_path) == ["before", "after"]
 

@@ -13,7 +13,6 @@ import pytest
 from inline_snapshot import snapshot
 
 from gateway.jobs import Job, Terms
-from gateway.platforms import records as records_module
 from gateway.platforms.records import Records
 from gateway.terms import read_terms
 from inference.engine import Engine
@@ -172,36 +171,6 @@ def test_results_not_to_be_stored_are_not_kept(tmp_path: Path, engine: Engine) -
     with sqlite3.connect(tmp_path / "zimage.db") as db:
         assert db.execute("SELECT kept FROM jobs").fetchall() == [(0,)]
     db.close()
-
-
-def test_records_of_the_first_version_are_read_on(tmp_path: Path) -> None:
-    new = ["terms", "low_priority", "idempotency", "digest"]
-    lines = records_module._SCHEMA.splitlines()
-    old = "\n".join(line for line in lines if not any(name in line for name in new))
-    db = sqlite3.connect(tmp_path / "zimage.db")
-    db.executescript(old + "CREATE INDEX queue ON jobs (sequence) WHERE status = 'IN_QUEUE';")
-    db.execute(
-        "INSERT INTO jobs (request_id, endpoint, key_id, origin, created, status, attempts, logs,"
-        " input) VALUES ('old', 'fal-ai/z-image/turbo', 'key', 'http://host', 1, 'IN_QUEUE', 0,"
-        " '[]', '{}')"
-    )
-    db.commit()
-    db.close()
-
-    async def scenario() -> None:
-        for _ in range(2):  # and a second start finds nothing to do
-            records = Records(tmp_path)
-            await records.insert(
-                Job(str(time.time()), "fal-ai/z-image/turbo", "key", "http://host", 2.0), b"{}"
-            )
-            records.close()
-        records = Records(tmp_path)
-        job = records.claim(3.0)
-        assert job is not None and (job.request_id, job.terms) == ("old", Terms())
-        assert records.queued() == 2
-        records.close()
-
-    asyncio.run(scenario())
 
 
 def test_refused_jobs_leave_no_body_behind(tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def exchange(answer: httpx2.Response) -> Any:
     headers = {
         name: value
         for name, value in sorted(answer.headers.items())
-        if name.startswith("x-fal") or name in ("content-type", "www-authenticate", "allow")
+        if name.startswith("x-") or name in ("content-type", "www-authenticate", "allow")
     }
     text = answer.headers["content-type"].startswith("text/event-stream")
     return masked(
