@@ -61,6 +61,7 @@ gateway_image = (
         "pydantic-settings==2.16.3",
         "PyJWT==2.15.1",
         "tzdata==2026.6",
+        "uuid-utils==1.2.0",
     )
     .env(settings | ({"ZIMAGE_SCHEDULES": SCHEDULES} if service.schedules else {}))
     .add_local_python_source("schemas", "media", "gateway")

@@ -8,12 +8,12 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-import uuid
 
 from fastapi import Request
 from starlette.requests import HTTPConnection
 
 from gateway.auth import ANONYMOUS, Keys, Unauthorized
+from gateway.ids import new_id
 from gateway.inputs import parse
 from gateway.jobs import Job, Terms
 from gateway.platform import Platform
@@ -61,7 +61,7 @@ async def accept_body(
         parse(endpoint, body)
     else:
         await asyncio.to_thread(parse, endpoint, body)
-    job = Job(str(uuid.uuid4()), endpoint.id, key_id, origin(connection), time.time(), terms)
+    job = Job(new_id(), endpoint.id, key_id, origin(connection), time.time(), terms)
     return await platform(connection).submit(job, body)
 
 

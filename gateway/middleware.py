@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import uuid
 from urllib.parse import unquote, urlsplit
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from gateway.ids import new_id
 from schemas.endpoints import ENDPOINTS
 
 QUEUE_PREFIX = "/queue"
@@ -38,10 +38,11 @@ class FalHeaders:
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                if "x-fal-request-id" not in headers:
-                    headers["x-fal-request-id"] = str(uuid.uuid4())
-                headers.setdefault("x-fal-billable-units", "0")
+                names = {name for name, _ in message["headers"]}
+                if b"x-fal-request-id" not in names:
+                    message["headers"].append((b"x-fal-request-id", new_id().encode()))
+                if b"x-fal-billable-units" not in names:
+                    message["headers"].append((b"x-fal-billable-units", b"0"))
             await send(message)
 
         return await self.app(scope, receive, send_with_headers)

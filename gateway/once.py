@@ -6,7 +6,6 @@ import asyncio
 import json
 import tempfile
 import time
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from gateway.auth import ANONYMOUS
 from gateway.files import URL_PATH
+from gateway.ids import new_id
 from gateway.jobs import Job
 from gateway.platform import View
 from gateway.platforms.local import LocalPlatform
@@ -51,7 +51,7 @@ async def run_once(
                 if data := await asyncio.to_thread(_own, lora["path"]):
                     name = await platform.files.put(data, "bin", LIFETIME)
                     lora["path"] = f"http://localhost{URL_PATH}{name}"
-            job = Job(str(uuid.uuid4()), endpoint, ANONYMOUS, "file://", time.time())
+            job = Job(new_id(), endpoint, ANONYMOUS, "file://", time.time())
             await platform.submit(job, json.dumps(body).encode())
             waiting = asyncio.create_task(platform.wait(job.request_id))
             while not (await asyncio.wait([waiting], timeout=_WATCH_SECONDS))[0]:

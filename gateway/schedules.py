@@ -24,7 +24,6 @@ import json
 import logging
 import time
 import tomllib
-import uuid
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -36,6 +35,7 @@ from cronsim import CronSim, CronSimError
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from gateway.auth import ANONYMOUS, Keys
+from gateway.ids import new_id
 from gateway.inputs import parse
 from gateway.jobs import Job, Terms
 from gateway.platform import Platform
@@ -222,9 +222,7 @@ async def run(
             webhook=schedule.webhook,
         )
         for pause in (*PAUSES, None):
-            job = Job(
-                str(uuid.uuid4()), schedule.endpoint, schedule.key, origin, time.time(), terms
-            )
+            job = Job(new_id(), schedule.endpoint, schedule.key, origin, time.time(), terms)
             try:
                 return await platform.submit(job, body)
             except ApiError as error:
