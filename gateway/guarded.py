@@ -24,8 +24,9 @@ PORTS = (80, 443)
 MAX_URL = 8192
 _REFUSED_SUFFIXES = (".internal", ".local", ".localhost", ".localdomain", ".arpa")
 
-_LOOKUPS = ThreadPoolExecutor(8, thread_name_prefix="lookup")
-"""A look-up cannot be cancelled; slow ones must not take threads that others need."""
+_LOOKUPS = ThreadPoolExecutor(32, thread_name_prefix="lookup")
+"""As many as there are downloads. A look-up cannot be cancelled; slow ones must not take threads that
+others need."""
 
 Resolve = Callable[[str, int], Awaitable[Sequence[Address]]]
 

@@ -18,7 +18,14 @@ from media.decode import MAX_BYTES, file_too_large
 from schemas.endpoints import ENDPOINTS, Endpoint
 from schemas.errors import InputError, Loc, ValidationFailed
 from schemas.inputs import Input
-from schemas.sizes import ImageSize, Size, generation_size, requested_size
+from schemas.sizes import (
+    MAX_PIXELS,
+    MULTIPLE,
+    ImageSize,
+    Size,
+    generation_size,
+    requested_size,
+)
 from schemas.task import Lora, Picture, Task, Tiling
 
 
@@ -90,7 +97,16 @@ async def read_task(
 
 
 def _generated(size: Size) -> ImageSize:
+    """What is generated for a size, where a picture has to fill it. Raises InputError."""
     width, height = generation_size(*size)
+    if width * height > MAX_PIXELS:
+        raise InputError(
+            ("body", "image_size"),
+            f"width × height, each rounded up to a multiple of {MULTIPLE} ({width}×{height}), should be"
+            f" less than or equal to {MAX_PIXELS} pixels (4 megapixels) for a picture that is tiled",
+            "less_than_equal",
+            ctx={"le": MAX_PIXELS},
+        )
     return ImageSize(width=width, height=height)
 
 

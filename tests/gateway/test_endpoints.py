@@ -110,6 +110,15 @@ def mask_of(width: int, height: int, white: tuple[int, int, int, int]) -> str:
     return "data:image/png;base64," + base64.b64encode(encoded(mask)).decode()
 
 
+def test_a_tile_too_large_once_it_is_rounded_up(server: Server) -> None:
+    size = {"width": 2040, "height": 2050}  # within 4 megapixels; 2048 × 2064 are not
+    body = SMALL | {"image_url": CAT_URI, "image_size": size}
+    answer = server.http.post(Z + "turbo/tiling", json=body)
+    (detail,) = answer.json()["detail"]
+    assert answer.status_code == 422 and detail["loc"] == ["body", "image_size"]
+    assert "2048×2064" in detail["msg"]
+
+
 @pytest.mark.parametrize("size", [(192, 160), (200, 150)])
 def test_what_a_mask_keeps(server: Server, photo: Image.Image, size: tuple[int, int]) -> None:
     width, height = size
