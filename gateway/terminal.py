@@ -7,7 +7,6 @@ import base64
 import mimetypes
 import os
 import signal
-import ssl
 import tempfile
 from collections.abc import Coroutine
 from pathlib import Path
@@ -18,6 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from gateway.settings import Settings, SettingsError, read
 from schemas.sizes import PRESETS
 
 T = TypeVar("T")
@@ -37,6 +37,14 @@ _OPTIONS = {
     "enable_prompt_expansion": "--expand",
 }
 """A request's fields, as the command line calls them."""
+
+
+def read_settings(**options: object) -> Settings:
+    """Settings from the environment; options of the command win."""
+    try:
+        return read(Settings, **options)
+    except SettingsError as error:
+        fail(str(error))
 
 
 def image_url(image: str) -> str:
@@ -85,20 +93,6 @@ def check_writable(out: Path) -> None:
         fail(f"--out {out} cannot be written: {error.strerror}")
     if out.is_dir():
         fail(f"--out {out} is a directory")
-
-
-def check_certificate(chain: Path | None, key: Path | None) -> None:
-    """Before a server is started that could not answer anybody."""
-    if chain is None and key is None:
-        return
-    if chain is None or key is None:
-        fail("--tls-cert and --tls-key belong together")
-    try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(chain, key)
-    except ssl.SSLError as error:
-        fail(
-            f"--tls-cert {chain} and --tls-key {key} are no certificate with its key: {error.reason}"
-        )
 
 
 async def interruptible(work: Coroutine[Any, Any, T]) -> T:
