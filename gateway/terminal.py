@@ -27,16 +27,22 @@ console = Console(stderr=True)
 _OPTIONS = {
     "prompt": "PROMPT",
     "image_url": "IMAGE",
+    "mask_image_url": "--mask",
     "image_size": "--size",
-    "image_size.width": "--size",
-    "image_size.height": "--size",
     "num_inference_steps": "--steps",
-    "num_images": "--num-images",
-    "strength": "--strength",
-    "loras": "--lora",
     "enable_prompt_expansion": "--expand",
+    "enable_safety_checker": "--safety",
+    "output_format": "--format",
+    "loras": "--lora",
+    "tiling_mode": "--tiling",
 }
-"""A request's fields, as the command line calls them."""
+"""A request's fields, where the command line has another name for them."""
+
+
+def option(field: str) -> str:
+    """What the command line calls a field of a request, or a part of one, such as loras.0.path."""
+    name = field.partition(".")[0]
+    return _OPTIONS.get(name) or f"--{name.replace('_', '-')}"
 
 
 def read_settings(**options: object) -> Settings:
@@ -47,12 +53,13 @@ def read_settings(**options: object) -> Settings:
         fail(str(error))
 
 
-def image_url(image: str) -> str:
-    if "://" in image or image.startswith("data:"):
-        return image
-    path = Path(image)
+def picture_url(given: str, argument: str, otherwise: str = "") -> str:
+    """A URL as it is, a file as a data URI."""
+    if "://" in given or given.startswith("data:"):
+        return given
+    path = Path(given)
     if not path.is_file():
-        fail(f"IMAGE {image!r} is neither a file nor a URL (use - for text-to-image)")
+        fail(f"{argument} {given!r} is neither a file nor a URL{otherwise}")
     content_type = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
     return f"data:{content_type};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
@@ -124,8 +131,8 @@ def refused(body: dict[str, Any]) -> NoReturn:
         console.print(f"[red]error:[/] {escape(detail)}", highlight=False)
     else:
         for item in detail:
-            name = ".".join(map(str, item["loc"][1:])) or "request"
-            name = _OPTIONS.get(name) or _OPTIONS.get(name.partition(".")[0], name)
+            field = ".".join(map(str, item["loc"][1:]))
+            name = option(field) if field else "request"
             console.print(
                 f"[red]{escape(name)}:[/] {escape(item['msg'])} ({item['type']})", highlight=False
             )

@@ -51,6 +51,60 @@ def test_text_to_image_and_numbered_files(tmp_path: Path) -> None:
     assert "seed 7" in done.stderr and "seed 8" in done.stderr
 
 
+def test_a_tile_keeps_what_its_mask_says(tmp_path: Path) -> None:
+    image, mask, out = (tmp_path / name for name in ("image.png", "mask.png", "out.png"))
+    Image.new("RGB", (64, 48), "teal").save(image)
+    Image.new("L", (64, 48)).save(mask)
+    tiling = ["--tiling", "horizontal", "--tile-size", "64", "--tile-stride", "32", "--mask", mask]
+    options = [*tiling, "--size", "64x48", "--strength", "1", "--steps", "1"]
+    done = zimage("run", image, "a hat", "-o", out, *options)
+    assert done.returncode == 0, done.stderr
+    with Image.open(out) as made:
+        assert made.size == (64, 48) and made.getcolors() == [(64 * 48, (0, 128, 128))]
+
+
+def test_the_base_model(tmp_path: Path) -> None:
+    out = tmp_path / "cat.png"
+    guided = ["--guidance-scale", "2", "--negative-prompt", "a dog", "--steps", "9"]
+    done = zimage("run", "-", "a cat", "-o", out, "--base", *guided, "--size", "64x48")
+    assert done.returncode == 0, done.stderr
+    with Image.open(out) as made:
+        assert made.size == (64, 48)
+    assert "then ZIMAGE_BASE_WEIGHTS=Tongyi-MAI/Z-Image" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-", "--base", "--strength", "0.5"], "--strength is not for fal-ai/z-image/base, but"),
+        ([CAT, "--base"], "IMAGE is not for fal-ai/z-image/base, but"),
+        (["-", "--base", "--expand"], "--expand is not for fal-ai/z-image/base, but"),
+        (["-", "--base", "--tiling", "both"], "--tiling is not for fal-ai/z-image/base, but"),
+        (
+            [CAT, "--mask", CAT],
+            "--mask is not for fal-ai/z-image/turbo/image-to-image, "
+            "but for fal-ai/z-image/turbo/tiling\n",
+        ),
+        (["-", "--tile-size", "64"], "--tile-size is not for fal-ai/z-image/turbo, but"),
+        (["-", "--negative-prompt", "x"], "--negative-prompt is not for fal-ai/z-image/turbo, but"),
+        (["-", "--tiling", "both", "--strength", "0.5"], "--strength and --size auto need an"),
+        (["-", "--tiling", "both", "--mask", "no.png"], "--mask 'no.png' is neither a file nor"),
+        (["-", "--tiling", "both", "--mask", CAT], "IMAGE: A mask needs an image"),
+        (["-", "--tiling", "up"], "'up' is not one of 'both', 'horizontal', 'vertical'"),
+        (["-", "--base", "--weights", "/nowhere"], "'/nowhere' does not exist"),
+        (["-", "--base"], "set ZIMAGE_BASE_WEIGHTS"),
+    ],
+    ids=str,
+)
+def test_what_an_endpoint_does_not_have_is_named(
+    arguments: list[object], message: str, tmp_path: Path
+) -> None:
+    options = [*arguments, "-o", tmp_path / "a.png"]
+    done = zimage("run", arguments[0], "x", *options[1:], ZIMAGE_WEIGHTS="/not/looked/at")
+    assert done.returncode != 0 and message in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
