@@ -17,7 +17,7 @@ from gateway.local_engine import LocalEngine
 from gateway.run_command import run
 from gateway.serve_command import serve
 from gateway.settings import Settings, describe
-from gateway.terminal import fail, read_settings
+from gateway.terminal import FAILED, fail, read_settings
 from schemas.task import Acceleration, Variant
 
 app = typer.Typer(
@@ -25,6 +25,8 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
     rich_markup_mode="markdown",
+    epilog="Exit codes: 0 done; 1 begun and failed; 2 not begun, as something asked for or set cannot be; "
+    "130 interrupted.",
 )
 weights_app = typer.Typer(help="Look at weights and download them.", no_args_is_help=True)
 app.command()(run)
@@ -121,7 +123,7 @@ def weights_fetch(
     except WeightsError as error:
         fail(str(error))
     except Exception as error:  # the hub client's errors are many and speak for themselves
-        fail(f"{spec} could not be downloaded: {error}")
+        fail(f"{spec} could not be downloaded: {error}", FAILED)
     print(f"{weights.path}\nUse it with: ZIMAGE_WEIGHTS={spec}")
 
 

@@ -17,6 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from gateway.inputs import parse
 from gateway.terminal import (
+    FAILED,
+    REFUSED,
     check_lora,
     check_writable,
     console,
@@ -57,7 +59,10 @@ def run(
     context: typer.Context,
     image: Annotated[str, typer.Argument(help="A file, a URL, or `-` for text-to-image.")],
     prompt: Annotated[str, typer.Argument(help="What the picture should become.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="Where to write; numbered if several.")],
+    out: Annotated[
+        Path,
+        typer.Option("-o", "--out", help="Where to write; numbered if several. Makes its folders."),
+    ],
     strength: Annotated[
         float | None, typer.Option(help="0 keeps the input, 1 ignores it. Default 0.6.")
     ] = None,
@@ -154,7 +159,7 @@ def run(
     if answer.status != 200:
         if print_json:
             print(json.dumps(answer.body, indent=2))
-        refused(answer.body)
+        refused(answer.body, FAILED)
     _write(answer, out)
     if print_json:
         print(json.dumps(answer.body, indent=2))
@@ -196,7 +201,7 @@ def _check(endpoint: Endpoint, body: dict[str, Any]) -> None:
     try:
         parse(endpoint, json.dumps(body).encode())
     except ApiError as error:
-        refused(error.body())
+        refused(error.body(), REFUSED)
 
 
 def _run_once(
@@ -235,6 +240,7 @@ def _run_once(
 
 def _write(answer: Answer, out: Path) -> None:
     """The pictures where they were wanted, and in the answer where they are."""
+    out.parent.mkdir(parents=True, exist_ok=True)
     for number, data in enumerate(answer.files, start=1):
         path = out.with_stem(f"{out.stem}-{number}") if len(answer.files) > 1 else out
         path.write_bytes(data)

@@ -16,7 +16,7 @@ from rich.table import Table
 from gateway.local_engine import platform_and_engine
 from gateway.schedules import Schedule, ScheduleError, keep, load, run, saving_below
 from gateway.settings import Settings
-from gateway.terminal import fail, read_settings
+from gateway.terminal import FAILED, fail, read_settings
 
 app = typer.Typer(help="Pictures on a schedule.", no_args_is_help=True)
 
@@ -72,7 +72,7 @@ def run_schedule(
         except ScheduleError as error:
             fail(str(error))
     if failed:
-        fail(f"{failed} requests failed")
+        fail(f"{failed} requests failed", FAILED)
 
 
 @app.command("serve")

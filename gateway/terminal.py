@@ -1,4 +1,8 @@
-"""The command line's side of a request: arguments → fields, answers and errors → terminal."""
+"""The command line's side of a request: arguments → fields, answers and errors → terminal.
+
+Exit codes of all commands: 0 done; FAILED, it was begun; REFUSED, it was not, as something that was asked
+for or set cannot be; 130 interrupted.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +25,8 @@ from gateway.settings import Settings, SettingsError, read
 from schemas.sizes import PRESETS
 
 T = TypeVar("T")
+
+FAILED, REFUSED = 1, 2
 
 console = Console(stderr=True)
 
@@ -91,10 +97,12 @@ def image_size(size: str | None) -> object:
 
 
 def check_writable(out: Path) -> None:
-    """Before minutes are spent on pictures that could not be kept."""
+    """Before minutes are spent on pictures that could not be kept. Makes nothing."""
+    folder = out.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out.parent):
+        with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         fail(f"--out {out} cannot be written: {error.strerror}")
@@ -125,7 +133,8 @@ def timings_table(timings: dict[str, float], loaded: float) -> Table:
     return table
 
 
-def refused(body: dict[str, Any]) -> NoReturn:
+def refused(body: dict[str, Any], code: int) -> NoReturn:
+    """Say what a response that is an error says."""
     detail = body["detail"]
     if isinstance(detail, str):
         console.print(f"[red]error:[/] {escape(detail)}", highlight=False)
@@ -136,9 +145,9 @@ def refused(body: dict[str, Any]) -> NoReturn:
             console.print(
                 f"[red]{escape(name)}:[/] {escape(item['msg'])} ({item['type']})", highlight=False
             )
-    raise typer.Exit(1)
+    raise typer.Exit(code)
 
 
-def fail(message: str) -> NoReturn:
+def fail(message: str, code: int = REFUSED) -> NoReturn:
     console.print(f"[red]error:[/] {escape(message)}", highlight=False)
-    raise typer.Exit(2)
+    raise typer.Exit(code)

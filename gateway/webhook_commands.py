@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from gateway.terminal import fail, read_settings
+from gateway.terminal import FAILED, fail, read_settings
 
 app = typer.Typer(help="Webhooks: attempts and signing keys.", no_args_is_help=True)
 
@@ -37,8 +37,10 @@ def list_webhooks(
 
     try:
         rows = read_webhooks(_home(home))
-    except (FileNotFoundError, sqlite3.OperationalError) as error:
+    except FileNotFoundError as error:
         fail(str(error))
+    except sqlite3.OperationalError as error:
+        fail(str(error), FAILED)
     if as_json:
         print(json.dumps([{**row, "state": state(row)} for row in rows], indent=1))
         return

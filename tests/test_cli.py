@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.conftest import CAT
+from tests.conftest import CAT, ROOT
 
 ZIMAGE = Path(sys.executable).parent / "zimage"
 FAST = ["--steps", "2", "--size", "64x48", "--seed", "7"]
@@ -101,7 +101,7 @@ def test_what_an_endpoint_does_not_have_is_named(
 ) -> None:
     options = [*arguments, "-o", tmp_path / "a.png"]
     done = zimage("run", arguments[0], "x", *options[1:], ZIMAGE_WEIGHTS="/not/looked/at")
-    assert done.returncode != 0 and message in done.stderr, done.stderr
+    assert done.returncode == 2 and message in done.stderr, done.stderr
     assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
 
 
@@ -114,8 +114,8 @@ def test_what_an_endpoint_does_not_have_is_named(
         ([CAT, "x", "-o", "/proc/a.png"], 2, "--out /proc/a.png cannot be written"),
         ([CAT, "x", "-o", "a.png", "--size", "300"], 2, "WIDTHxHEIGHT such as 451x300"),
         (["-", "x", "-o", "a.png", "--strength", "0.3"], 2, "need an input picture"),
-        ([CAT, "x", "-o", "a.png", "--strength", "2"], 1, "strength: Input should be less than"),
-        ([CAT, "x", "-o", "a.png", "--size", "99999x1"], 1, "--size: Input should be less than"),
+        ([CAT, "x", "-o", "a.png", "--strength", "2"], 2, "strength: Input should be less than"),
+        ([CAT, "x", "-o", "a.png", "--size", "99999x1"], 2, "--size: Input should be less than"),
         (
             ["http://10.0.0.1/a.png", "x", "-o", "a.png"],
             1,
@@ -134,6 +134,11 @@ def test_mistakes_are_explained(
     assert done.returncode == code, done.stderr
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_failed_run_leaves_no_folder(tmp_path: Path) -> None:
+    done = zimage("run", __file__, "x", "-o", tmp_path / "new" / "a.png")
+    assert done.returncode == 1 and not list(tmp_path.iterdir())
 
 
 def test_json_of_a_refusal_is_the_response_body(tmp_path: Path) -> None:
@@ -189,6 +194,32 @@ def test_an_interrupt_stops_after_the_step(tmp_path: Path) -> None:
     assert process.returncode == 130
     assert b"stopping after this step" in errors and b"Traceback" not in errors
     assert not list(tmp_path.glob("zimage-*"))
+
+
+@pytest.mark.parametrize("command", [["serve", "--port", "0"], ["schedule", "serve"]], ids=str)
+def test_an_interrupted_server_says_so(command: list[str], tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [ZIMAGE, *command],
+        stderr=subprocess.PIPE,
+        env={
+            **os.environ,
+            "ZIMAGE_HOME": str(tmp_path),
+            "ZIMAGE_SCHEDULES": str(ROOT / "examples" / "schedules.toml"),
+        },
+    )
+    while not (tmp_path / "zimage.db").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and b"Traceback" not in errors, errors
+
+
+def test_a_download_that_fails_was_begun(tmp_path: Path) -> None:
+    away = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    done = zimage("weights", "fetch", "some/weights", **away)
+    assert done.returncode == 1 and "some/weights could not be downloaded" in done.stderr
+    assert zimage("weights", "fetch", "no-hub-id").returncode == 2
 
 
 def test_version() -> None:
