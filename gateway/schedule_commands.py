@@ -18,7 +18,10 @@ from gateway.schedules import Schedule, ScheduleError, keep, load, run, saving_b
 from gateway.settings import Settings
 from gateway.terminal import FAILED, fail, read_settings
 
-app = typer.Typer(help="Pictures on a schedule.", no_args_is_help=True)
+app = typer.Typer(
+    help="Pictures on a schedule. An entry's `output` is a folder beside the file that it is in.",
+    no_args_is_help=True,
+)
 
 _File = Annotated[Path | None, typer.Option("--file", help="TOML. Default: ZIMAGE_SCHEDULES.")]
 _Home = Annotated[Path | None, typer.Option("--home", help="Default: ZIMAGE_HOME.")]
@@ -32,7 +35,7 @@ def list_schedules(file: _File = None) -> None:
     table = Table("name", "next", "requests", "endpoint", "output", box=None)
     table.columns[1].no_wrap = True
     now = datetime.now().astimezone()
-    for each in _load(read_settings(), file):
+    for each in _load(_path(read_settings(), file)):
         at = each.next(now)
         table.add_row(
             *(each.name, f"{at:%Y-%m-%d %H:%M %Z}", str(len(each.requests(at)))),
@@ -53,7 +56,8 @@ def run_schedule(
 ) -> None:
     """Make what an entry was due to make. Again for the same time, it makes nothing twice."""
     settings = read_settings(home=home)
-    found = {each.name: each for each in _load(settings, file)}
+    path = _path(settings, file)
+    found = {each.name: each for each in _load(path)}
     if name not in found:
         fail(f"no schedule {name!r}; there is {', '.join(found) or 'none'}")
     schedule = found[name]
@@ -61,9 +65,12 @@ def run_schedule(
 
     async def once() -> int:
         async with platform:
-            ran = await run(platform, schedule, due, _origin(settings), saving_below(Path.cwd()))
+            ran = await run(platform, schedule, due, _origin(settings), saving_below(path.parent))
         for each in ran:
-            print(json.dumps({"request_id": each.request_id, "error": each.error}), *each.pictures)
+            pictures = each.pictures
+            if schedule.output is not None:
+                pictures = [str(path.parent / picture) for picture in pictures]
+            print(json.dumps({"request_id": each.request_id, "error": each.error}), *pictures)
         return sum(each.error is not None for each in ran)
 
     with platform_and_engine(settings, context.obj, _SERVE_RUNS_THEM) as (platform, _):
@@ -82,20 +89,25 @@ def serve_schedules(context: typer.Context, file: _File = None, home: _Home = No
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     settings = read_settings(home=home)
-    schedules = _load(settings, file)
+    path = _path(settings, file)
+    schedules = _load(path)
 
     async def forever() -> None:
         async with platform:
-            await keep(platform, schedules, _origin(settings), saving_below(Path.cwd()))
+            await keep(platform, schedules, _origin(settings), saving_below(path.parent))
 
     with platform_and_engine(settings, context.obj, _SERVE_RUNS_THEM) as (platform, _):
         asyncio.run(forever())
 
 
-def _load(settings: Settings, file: Path | None) -> list[Schedule]:
+def _path(settings: Settings, file: Path | None) -> Path:
     path = file or settings.schedules
     if path is None:
         fail("which file? Say --file, or set ZIMAGE_SCHEDULES")
+    return path
+
+
+def _load(path: Path) -> list[Schedule]:
     try:
         return load(path)
     except ScheduleError as error:

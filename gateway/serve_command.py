@@ -60,7 +60,10 @@ def serve(
             markup=False,
             soft_wrap=True,
         )
-        scheduled = keep(platform, schedules, settings.public_url or url, saving_below(Path.cwd()))
+        scheduled = None
+        if settings.schedules:
+            save = saving_below(settings.schedules.parent)
+            scheduled = keep(platform, schedules, settings.public_url or url, save)
         config = uvicorn.Config(
             create_app(settings, platform, keys, scheduled),
             ssl_certfile=tls_cert,
