@@ -52,6 +52,7 @@ gateway_image = (
         "cronsim==2.8",
         "cryptography==50.0.2",
         "fastapi==0.165.0",
+        "fastapi-offline==1.7.7",
         "httpx2==2.16.2",
         "msgpack==1.2.4",
         "numpy==2.4.6",
