@@ -52,6 +52,7 @@ gateway_image = (
         "cronsim==2.8",
         "cryptography==50.0.2",
         "fastapi==0.165.0",
+        "fastapi-offline==1.7.7",
         "httpx2==2.16.2",
         "msgpack==1.2.4",
         "numpy==2.4.6",
@@ -110,6 +111,12 @@ loras = modal.Volume.from_name("zimage-loras", create_if_missing=True)
 entries = modal.Dict.from_name("zimage-requests", create_if_missing=True)
 tasks = modal.Dict.from_name("zimage-ledger", create_if_missing=True)
 keys = modal.Secret.from_name("zimage-keys", required_keys=["ZIMAGE_KEYS"])
+
+# The hub's token goes to the two functions that download from it, and nowhere else.
+
+hub = []
+if deployment.hub_secret:
+    hub = [modal.Secret.from_name(deployment.hub_secret, required_keys=["HF_TOKEN"])]
 
 # ## The GPU class
 #
@@ -191,6 +198,7 @@ class Generator:
 @app.function(
     image=gateway_image,
     volumes={LORA_DIR: loras},
+    secrets=hub,
     cpu=1.0,
     memory=2048,
     timeout=24 * HOURS,
@@ -309,7 +317,7 @@ async def report(since: str = "") -> str:
     return text
 
 
-@app.function(image=gpu_image, volumes={WEIGHTS_DIR: weights}, timeout=2 * HOURS)
+@app.function(image=gpu_image, volumes={WEIGHTS_DIR: weights}, secrets=hub, timeout=2 * HOURS)
 def fetch_weights() -> None:
     """Once, before the first deploy: `modal run modal_app.py::fetch_weights`."""
     from inference.weights import fetch

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
+from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
@@ -61,7 +62,7 @@ def create_app(
                     task.cancel()
                     await asyncio.wait([task])
 
-    app = FastAPI(title="Z-Image", version="0.1.0", lifespan=lifespan, redoc_url=None)
+    app = FastAPIOffline(redoc_url=None, title="Z-Image", version="0.1.0", lifespan=lifespan)
     app.state.settings, app.state.platform, app.state.keys = settings, platform, keys
     # Asked in this order: the busiest first.
     for module in (run, queue, files, stream, realtime, storage, jwks, health):

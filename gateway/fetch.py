@@ -48,7 +48,9 @@ class Fetcher:
     async def close(self) -> None:
         await self._pool.aclose()
 
-    async def __call__(self, url: str, loc: Loc = ("body", "image_url")) -> bytes:
+    async def __call__(
+        self, url: str, loc: Loc = ("body", "image_url"), token: str | None = None
+    ) -> bytes:
         """The bytes behind a data URI or an http(s) URL; `loc` names the field in errors.
 
         Raises InputError: file_download_error (input = the URL), file_too_large (ctx max_size), or
@@ -65,7 +67,7 @@ class Fetcher:
             if len(body) > MAX_BYTES:
                 raise file_too_large(loc)
 
-        await self.download(url, take, loc)
+        await self.download(url, take, loc, token=token)
         return bytes(body)
 
     async def download(
@@ -76,25 +78,31 @@ class Fetcher:
         *,
         seconds: float | None = None,
         named: str | None = None,
+        token: str | None = None,
     ) -> None:
         """Hand an http(s) URL's content to `take`, in pieces; what that raises ends it.
 
+        `token` is shown to the URL's own origin, and not to where that redirects to.
         Raises InputError, file_download_error, with what the caller `named` as input.
         """
         try:
             async with asyncio.timeout(seconds or self._seconds):
-                await self._download(url, take)
+                await self._download(url, take, token)
         except (*UNREACHABLE, httpx2.InvalidURL, Unusable) as error:
             logger.info("fetch of %.200s failed: %s", url, error or type(error).__name__)
             raise InputError(
                 loc, "File download error", "file_download_error", input=named or url
             ) from None
 
-    async def _download(self, url: str, take: Callable[[bytes], object]) -> None:
+    async def _download(self, url: str, take: Callable[[bytes], object], token: str | None) -> None:
+        first = wire(checked_url(url)).origin
         for _ in range(MAX_REDIRECTS + 1):
             target = checked_url(url)
+            if wire(target).origin != first:
+                token = None
+            sent = {**_HEADERS, "Authorization": f"Bearer {token}"} if token else _HEADERS
             async with self._pool.stream(
-                "GET", wire(target), headers=_HEADERS, extensions={"timeout": self._timeouts}
+                "GET", wire(target), headers=sent, extensions={"timeout": self._timeouts}
             ) as response:
                 headers = {name.lower(): value for name, value in response.headers}
                 if response.status in (301, 302, 303, 307, 308) and b"location" in headers:

@@ -4,7 +4,8 @@
 
 A file's header is checked as soon as it is here (`schemas.lora`), so one that is not for Z-Image costs no
 GPU second. What a URL held is believed for TRUSTED seconds; what was used longest ago makes room when
-the directory is full. Files that the operator put there by name stay.
+the directory is full. Files that the operator put there by name stay. HF_ENDPOINT is the hub, and
+HF_TOKEN what it is shown, so that private repositories can be read.
 """
 
 from __future__ import annotations
@@ -67,6 +68,7 @@ class LoraStore:
         self._refresh = refresh
         self._one_at_a_time: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+        self._token = os.environ.get("HF_TOKEN", "").strip() or None
 
     async def __call__(self, path: str, loc: Loc) -> str:
         """The file's SHA-256. Raises InputError: file_download_error, file_too_large, value_error."""
@@ -112,7 +114,7 @@ class LoraStore:
     async def _from_hub(self, match: re.Match[str], loc: Loc) -> str:
         file = match["file"]
         if file is None:
-            listing = await self._fetcher(f"{self._hub}/api/models/{match['id']}", loc)
+            listing = await self._fetcher(f"{self._hub}/api/models/{match['id']}", loc, self._token)
             found = [
                 name
                 for name in re.findall(
@@ -132,12 +134,14 @@ class LoraStore:
                 )
             file = found[0]
         url = f"{self._hub}/{match['id']}/resolve/main/{quote(file)}"
-        return await self._download(url, loc, named=match.string)
+        return await self._download(url, loc, match.string, self._token)
 
-    async def _download(self, url: str, loc: Loc, named: str | None = None) -> str:
+    async def _download(
+        self, url: str, loc: Loc, named: str | None = None, token: str | None = None
+    ) -> str:
         with _Incoming(self._directory, loc) as incoming:
             await self._fetcher.download(
-                url, incoming.write, loc, seconds=FETCH_SECONDS, named=named or url
+                url, incoming.write, loc, seconds=FETCH_SECONDS, named=named or url, token=token
             )
             return await asyncio.to_thread(self._keep, incoming)
 

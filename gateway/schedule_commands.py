@@ -3,32 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
-from collections.abc import AsyncIterator, Callable
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from gateway.local_engine import platform_and_engine
 from gateway.schedules import Schedule, ScheduleError, keep, load, run, saving_below
-from gateway.settings import Settings, SettingsError, read
-from gateway.terminal import fail
+from gateway.settings import Settings
+from gateway.terminal import FAILED, fail, read_settings
 
-if TYPE_CHECKING:
-    from gateway.platform import Platform
-
-app = typer.Typer(help="Pictures on a schedule.", no_args_is_help=True)
+app = typer.Typer(
+    help="Pictures on a schedule. An entry's `output` is a folder beside the file that it is in.",
+    no_args_is_help=True,
+)
 
 _File = Annotated[Path | None, typer.Option("--file", help="TOML. Default: ZIMAGE_SCHEDULES.")]
 _Home = Annotated[Path | None, typer.Option("--home", help="Default: ZIMAGE_HOME.")]
 
-OpenPlatform = Callable[[Settings], contextlib.AbstractAsyncContextManager["Platform"]]
-"""A platform with an engine. The composition root's, handed on as the context's object."""
+_SERVE_RUNS_THEM = "; `zimage serve` with ZIMAGE_SCHEDULES runs schedules beside the API"
 
 
 @app.command("list")
@@ -37,7 +35,7 @@ def list_schedules(file: _File = None) -> None:
     table = Table("name", "next", "requests", "endpoint", "output", box=None)
     table.columns[1].no_wrap = True
     now = datetime.now().astimezone()
-    for each in _load(_settings(), file):
+    for each in _load(_path(read_settings(), file)):
         at = each.next(now)
         table.add_row(
             *(each.name, f"{at:%Y-%m-%d %H:%M %Z}", str(len(each.requests(at)))),
@@ -57,26 +55,31 @@ def run_schedule(
     ] = None,
 ) -> None:
     """Make what an entry was due to make. Again for the same time, it makes nothing twice."""
-    settings = _settings(home)
-    found = {each.name: each for each in _load(settings, file)}
+    settings = read_settings(home=home)
+    path = _path(settings, file)
+    found = {each.name: each for each in _load(path)}
     if name not in found:
         fail(f"no schedule {name!r}; there is {', '.join(found) or 'none'}")
     schedule = found[name]
     due = schedule.due((at or datetime.now()).astimezone())
 
     async def once() -> int:
-        async with _opened(context.obj, settings) as platform:
-            ran = await run(platform, schedule, due, _origin(settings), saving_below(Path.cwd()))
+        async with platform:
+            ran = await run(platform, schedule, due, _origin(settings), saving_below(path.parent))
         for each in ran:
-            print(json.dumps({"request_id": each.request_id, "error": each.error}), *each.pictures)
+            pictures = each.pictures
+            if schedule.output is not None:
+                pictures = [str(path.parent / picture) for picture in pictures]
+            print(json.dumps({"request_id": each.request_id, "error": each.error}), *pictures)
         return sum(each.error is not None for each in ran)
 
-    try:
-        failed = asyncio.run(once())
-    except ScheduleError as error:
-        fail(str(error))
+    with platform_and_engine(settings, context.obj, _SERVE_RUNS_THEM) as (platform, _):
+        try:
+            failed = asyncio.run(once())
+        except ScheduleError as error:
+            fail(str(error))
     if failed:
-        fail(f"{failed} requests failed")
+        fail(f"{failed} requests failed", FAILED)
 
 
 @app.command("serve")
@@ -85,42 +88,29 @@ def serve_schedules(context: typer.Context, file: _File = None, home: _Home = No
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
-    settings = _settings(home)
-    schedules = _load(settings, file)
+    settings = read_settings(home=home)
+    path = _path(settings, file)
+    schedules = _load(path)
 
     async def forever() -> None:
-        async with _opened(context.obj, settings) as platform:
-            await keep(platform, schedules, _origin(settings), saving_below(Path.cwd()))
+        async with platform:
+            await keep(platform, schedules, _origin(settings), saving_below(path.parent))
 
-    with contextlib.suppress(KeyboardInterrupt):
+    with platform_and_engine(settings, context.obj, _SERVE_RUNS_THEM) as (platform, _):
         asyncio.run(forever())
 
 
-@contextlib.asynccontextmanager
-async def _opened(open_platform: OpenPlatform, settings: Settings) -> AsyncIterator[Platform]:
-    from gateway.platforms.local import HomeInUse
-
-    try:
-        async with open_platform(settings) as platform:
-            yield platform
-    except HomeInUse as error:
-        fail(f"{error}; `zimage serve` with ZIMAGE_SCHEDULES runs schedules beside the API")
-
-
-def _load(settings: Settings, file: Path | None) -> list[Schedule]:
+def _path(settings: Settings, file: Path | None) -> Path:
     path = file or settings.schedules
     if path is None:
         fail("which file? Say --file, or set ZIMAGE_SCHEDULES")
+    return path
+
+
+def _load(path: Path) -> list[Schedule]:
     try:
         return load(path)
     except ScheduleError as error:
-        fail(str(error))
-
-
-def _settings(home: Path | None = None) -> Settings:
-    try:
-        return read(Settings, home=home)
-    except SettingsError as error:
         fail(str(error))
 
 

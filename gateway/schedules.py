@@ -6,7 +6,7 @@
     timezone = "Europe/Paris"
     endpoint = "fal-ai/z-image/turbo"
     key = "alice"                             # whose usage it is
-    output = "cards/{date}"                   # a folder; without it pictures stay where all do
+    output = "cards/{date}"                   # a folder beside this file; without, they stay where all do
     webhook = "https://example.com/hook"
     [schedule.arguments]
     prompt = ["a fox on {date}", "an owl"]    # a list makes one request of each

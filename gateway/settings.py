@@ -116,6 +116,11 @@ class Deployment(BaseSettings):
     snapshot_key: str = Field(
         "", description="Any text; another one has a new snapshot taken at the next deploy."
     )
+    hub_secret: str = Field(
+        "",
+        description="Modal secret with the HF_TOKEN (and, if there is one, the HF_ENDPOINT) that weights "
+        "and LoRA repositories are downloaded with.",
+    )
     min_containers: int = Field(0, ge=0, description="GPU containers kept although idle.")
     buffer_containers: int = Field(0, ge=0, description="Spare GPU containers while any is busy.")
     max_containers: int = Field(10, ge=1, description="GPU containers at most.")

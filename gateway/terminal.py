@@ -1,4 +1,8 @@
-"""The command line's side of a request: arguments → fields, answers and errors → terminal."""
+"""The command line's side of a request: arguments → fields, answers and errors → terminal.
+
+Exit codes of all commands: 0 done; FAILED, it was begun; REFUSED, it was not, as something that was asked
+for or set cannot be; 130 interrupted.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,6 @@ import base64
 import mimetypes
 import os
 import signal
-import ssl
 import tempfile
 from collections.abc import Coroutine
 from pathlib import Path
@@ -18,33 +21,51 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from gateway.settings import Settings, SettingsError, read
 from schemas.sizes import PRESETS
 
 T = TypeVar("T")
+
+FAILED, REFUSED = 1, 2
 
 console = Console(stderr=True)
 
 _OPTIONS = {
     "prompt": "PROMPT",
     "image_url": "IMAGE",
+    "mask_image_url": "--mask",
     "image_size": "--size",
-    "image_size.width": "--size",
-    "image_size.height": "--size",
     "num_inference_steps": "--steps",
-    "num_images": "--num-images",
-    "strength": "--strength",
-    "loras": "--lora",
     "enable_prompt_expansion": "--expand",
+    "enable_safety_checker": "--safety",
+    "output_format": "--format",
+    "loras": "--lora",
+    "tiling_mode": "--tiling",
 }
-"""A request's fields, as the command line calls them."""
+"""A request's fields, where the command line has another name for them."""
 
 
-def image_url(image: str) -> str:
-    if "://" in image or image.startswith("data:"):
-        return image
-    path = Path(image)
+def option(field: str) -> str:
+    """What the command line calls a field of a request, or a part of one, such as loras.0.path."""
+    name = field.partition(".")[0]
+    return _OPTIONS.get(name) or f"--{name.replace('_', '-')}"
+
+
+def read_settings(**options: object) -> Settings:
+    """Settings from the environment; options of the command win."""
+    try:
+        return read(Settings, **options)
+    except SettingsError as error:
+        fail(str(error))
+
+
+def picture_url(given: str, argument: str, otherwise: str = "") -> str:
+    """A URL as it is, a file as a data URI."""
+    if "://" in given or given.startswith("data:"):
+        return given
+    path = Path(given)
     if not path.is_file():
-        fail(f"IMAGE {image!r} is neither a file nor a URL (use - for text-to-image)")
+        fail(f"{argument} {given!r} is neither a file nor a URL{otherwise}")
     content_type = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
     return f"data:{content_type};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
@@ -76,29 +97,17 @@ def image_size(size: str | None) -> object:
 
 
 def check_writable(out: Path) -> None:
-    """Before minutes are spent on pictures that could not be kept."""
+    """Before minutes are spent on pictures that could not be kept. Makes nothing."""
+    folder = out.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out.parent):
+        with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         fail(f"--out {out} cannot be written: {error.strerror}")
     if out.is_dir():
         fail(f"--out {out} is a directory")
-
-
-def check_certificate(chain: Path | None, key: Path | None) -> None:
-    """Before a server is started that could not answer anybody."""
-    if chain is None and key is None:
-        return
-    if chain is None or key is None:
-        fail("--tls-cert and --tls-key belong together")
-    try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(chain, key)
-    except ssl.SSLError as error:
-        fail(
-            f"--tls-cert {chain} and --tls-key {key} are no certificate with its key: {error.reason}"
-        )
 
 
 async def interruptible(work: Coroutine[Any, Any, T]) -> T:
@@ -124,20 +133,21 @@ def timings_table(timings: dict[str, float], loaded: float) -> Table:
     return table
 
 
-def refused(body: dict[str, Any]) -> NoReturn:
+def refused(body: dict[str, Any], code: int) -> NoReturn:
+    """Say what a response that is an error says."""
     detail = body["detail"]
     if isinstance(detail, str):
         console.print(f"[red]error:[/] {escape(detail)}", highlight=False)
     else:
         for item in detail:
-            name = ".".join(map(str, item["loc"][1:])) or "request"
-            name = _OPTIONS.get(name) or _OPTIONS.get(name.partition(".")[0], name)
+            field = ".".join(map(str, item["loc"][1:]))
+            name = option(field) if field else "request"
             console.print(
                 f"[red]{escape(name)}:[/] {escape(item['msg'])} ({item['type']})", highlight=False
             )
-    raise typer.Exit(1)
+    raise typer.Exit(code)
 
 
-def fail(message: str) -> NoReturn:
+def fail(message: str, code: int = REFUSED) -> NoReturn:
     console.print(f"[red]error:[/] {escape(message)}", highlight=False)
-    raise typer.Exit(2)
+    raise typer.Exit(code)

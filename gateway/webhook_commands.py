@@ -13,8 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from gateway.settings import Settings, SettingsError, read
-from gateway.terminal import fail
+from gateway.terminal import FAILED, fail, read_settings
 
 app = typer.Typer(help="Webhooks: attempts and signing keys.", no_args_is_help=True)
 
@@ -22,10 +21,7 @@ _Home = Annotated[Path | None, typer.Option("--home", help="Default: ZIMAGE_HOME
 
 
 def _home(given: Path | None) -> Path:
-    try:
-        home = given or read(Settings).home
-    except SettingsError as error:
-        fail(str(error))
+    home = given or read_settings().home
     if not home.is_dir():
         fail(f"{home} does not exist; `zimage serve` makes it")
     return home
@@ -41,8 +37,10 @@ def list_webhooks(
 
     try:
         rows = read_webhooks(_home(home))
-    except (FileNotFoundError, sqlite3.OperationalError) as error:
+    except FileNotFoundError as error:
         fail(str(error))
+    except sqlite3.OperationalError as error:
+        fail(str(error), FAILED)
     if as_json:
         print(json.dumps([{**row, "state": state(row)} for row in rows], indent=1))
         return

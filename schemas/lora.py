@@ -20,7 +20,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -188,6 +188,16 @@ def _third(name: str, shape: Shape, third: int | None) -> Shape:
     return (shape[0] // 3, *shape[1:])
 
 
+_LORA: Set[str] = {"up", "down"}
+_LOHA: Set[str] = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
+_LOKR: list[Set[str]] = [
+    w1 | w2
+    for w1 in ({"lokr_w1"}, {"lokr_w1_a", "lokr_w1_b"})
+    for w2 in ({"lokr_w2"}, {"lokr_w2_a", "lokr_w2_b"})
+]
+"""The factors of an adapter of each kind; those of LoKr may be products, each of the two."""
+
+
 def _delta(name: str, factors: Mapping[str, Shape]) -> tuple[Kind, Shape, int | None]:
     """Kind, shape and rank (None: alpha has no say) of the ΔW that these factors make."""
 
@@ -201,22 +211,39 @@ def _delta(name: str, factors: Mapping[str, Shape]) -> tuple[Kind, Shape, int | 
         return (factors[w], None) if w in factors else product(f"{w}_a", f"{w}_b")
 
     given = factors.keys()
-    if given == {"up", "down"}:
+    if given == _LORA:
         return "lora", *product("up", "down")
     if given == {"diff"}:
         return "diff", factors["diff"], None
-    if given == {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}:
+    if given == _LOHA:
         (one, rank), (two, second_rank) = side("hada_w1"), side("hada_w2")
         if one == two and rank == second_rank:
             return "loha", one, rank
-    one_of = ({"lokr_w1"}, {"lokr_w1_a", "lokr_w1_b"}), ({"lokr_w2"}, {"lokr_w2_a", "lokr_w2_b"})
-    if given in [w1 | w2 for w1 in one_of[0] for w2 in one_of[1]]:
+    if given in _LOKR:
         (one, rank), (two, second_rank) = side("lokr_w1"), side("lokr_w2")
         ranks = {rank, second_rank} - {None}
         if len(one) == len(two) == 2 and 0 not in one + two and len(ranks) < 2:
             return "lokr", (one[0] * two[0], one[1] * two[1]), rank or second_rank
-    found = ", ".join(f"{role} {shape}" for role, shape in factors.items()) or "alpha or scale only"
-    raise LoraError(f"{name}: {found} do not make an adapter")
+    raise LoraError(f"{name} {_fault(factors)}")
+
+
+def _fault(factors: Mapping[str, Shape]) -> str:
+    """What is wrong with a module's factors that make no adapter."""
+    given = factors.keys()
+    if not given:
+        return "has an alpha or DoRA magnitudes only, and nothing that they are for"
+    for whole in (_LORA, _LOHA, *_LOKR):
+        if given < whole:
+            return f"has {_spelled(given)}, but no {_spelled(whole - given)}"
+        if given == whole:
+            shapes = ", ".join(f"{role} {shape}" for role, shape in factors.items())
+            return f"has tensors whose shapes do not go together: {shapes}"
+    return f"has tensors that do not belong together: {_spelled(given)}"
+
+
+def _spelled(roles: Set[str]) -> str:
+    names = {"down": "lora_A (or lora_down)", "up": "lora_B (or lora_up)"}
+    return " and ".join(names.get(role, role) for role in sorted(roles))
 
 
 def _peft_config(metadata: Mapping[str, str]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.conftest import CAT
+from tests.conftest import CAT, ROOT
 
 ZIMAGE = Path(sys.executable).parent / "zimage"
 FAST = ["--steps", "2", "--size", "64x48", "--seed", "7"]
@@ -51,6 +51,60 @@ def test_text_to_image_and_numbered_files(tmp_path: Path) -> None:
     assert "seed 7" in done.stderr and "seed 8" in done.stderr
 
 
+def test_a_tile_keeps_what_its_mask_says(tmp_path: Path) -> None:
+    image, mask, out = (tmp_path / name for name in ("image.png", "mask.png", "out.png"))
+    Image.new("RGB", (64, 48), "teal").save(image)
+    Image.new("L", (64, 48)).save(mask)
+    tiling = ["--tiling", "horizontal", "--tile-size", "64", "--tile-stride", "32", "--mask", mask]
+    options = [*tiling, "--size", "64x48", "--strength", "1", "--steps", "1"]
+    done = zimage("run", image, "a hat", "-o", out, *options)
+    assert done.returncode == 0, done.stderr
+    with Image.open(out) as made:
+        assert made.size == (64, 48) and made.getcolors() == [(64 * 48, (0, 128, 128))]
+
+
+def test_the_base_model(tmp_path: Path) -> None:
+    out = tmp_path / "cat.png"
+    guided = ["--guidance-scale", "2", "--negative-prompt", "a dog", "--steps", "9"]
+    done = zimage("run", "-", "a cat", "-o", out, "--base", *guided, "--size", "64x48")
+    assert done.returncode == 0, done.stderr
+    with Image.open(out) as made:
+        assert made.size == (64, 48)
+    assert "then ZIMAGE_BASE_WEIGHTS=Tongyi-MAI/Z-Image" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-", "--base", "--strength", "0.5"], "--strength is not for fal-ai/z-image/base, but"),
+        ([CAT, "--base"], "IMAGE is not for fal-ai/z-image/base, but"),
+        (["-", "--base", "--expand"], "--expand is not for fal-ai/z-image/base, but"),
+        (["-", "--base", "--tiling", "both"], "--tiling is not for fal-ai/z-image/base, but"),
+        (
+            [CAT, "--mask", CAT],
+            "--mask is not for fal-ai/z-image/turbo/image-to-image, "
+            "but for fal-ai/z-image/turbo/tiling\n",
+        ),
+        (["-", "--tile-size", "64"], "--tile-size is not for fal-ai/z-image/turbo, but"),
+        (["-", "--negative-prompt", "x"], "--negative-prompt is not for fal-ai/z-image/turbo, but"),
+        (["-", "--tiling", "both", "--strength", "0.5"], "--strength and --size auto need an"),
+        (["-", "--tiling", "both", "--mask", "no.png"], "--mask 'no.png' is neither a file nor"),
+        (["-", "--tiling", "both", "--mask", CAT], "IMAGE: A mask needs an image"),
+        (["-", "--tiling", "up"], "'up' is not one of 'both', 'horizontal', 'vertical'"),
+        (["-", "--base", "--weights", "/nowhere"], "'/nowhere' does not exist"),
+        (["-", "--base"], "set ZIMAGE_BASE_WEIGHTS"),
+    ],
+    ids=str,
+)
+def test_what_an_endpoint_does_not_have_is_named(
+    arguments: list[object], message: str, tmp_path: Path
+) -> None:
+    options = [*arguments, "-o", tmp_path / "a.png"]
+    done = zimage("run", arguments[0], "x", *options[1:], ZIMAGE_WEIGHTS="/not/looked/at")
+    assert done.returncode == 2 and message in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -60,8 +114,8 @@ def test_text_to_image_and_numbered_files(tmp_path: Path) -> None:
         ([CAT, "x", "-o", "/proc/a.png"], 2, "--out /proc/a.png cannot be written"),
         ([CAT, "x", "-o", "a.png", "--size", "300"], 2, "WIDTHxHEIGHT such as 451x300"),
         (["-", "x", "-o", "a.png", "--strength", "0.3"], 2, "need an input picture"),
-        ([CAT, "x", "-o", "a.png", "--strength", "2"], 1, "strength: Input should be less than"),
-        ([CAT, "x", "-o", "a.png", "--size", "99999x1"], 1, "--size: Input should be less than"),
+        ([CAT, "x", "-o", "a.png", "--strength", "2"], 2, "strength: Input should be less than"),
+        ([CAT, "x", "-o", "a.png", "--size", "99999x1"], 2, "--size: Input should be less than"),
         (
             ["http://10.0.0.1/a.png", "x", "-o", "a.png"],
             1,
@@ -80,6 +134,11 @@ def test_mistakes_are_explained(
     assert done.returncode == code, done.stderr
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_failed_run_leaves_no_folder(tmp_path: Path) -> None:
+    done = zimage("run", __file__, "x", "-o", tmp_path / "new" / "a.png")
+    assert done.returncode == 1 and not list(tmp_path.iterdir())
 
 
 def test_json_of_a_refusal_is_the_response_body(tmp_path: Path) -> None:
@@ -135,6 +194,32 @@ def test_an_interrupt_stops_after_the_step(tmp_path: Path) -> None:
     assert process.returncode == 130
     assert b"stopping after this step" in errors and b"Traceback" not in errors
     assert not list(tmp_path.glob("zimage-*"))
+
+
+@pytest.mark.parametrize("command", [["serve", "--port", "0"], ["schedule", "serve"]], ids=str)
+def test_an_interrupted_server_says_so(command: list[str], tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [ZIMAGE, *command],
+        stderr=subprocess.PIPE,
+        env={
+            **os.environ,
+            "ZIMAGE_HOME": str(tmp_path),
+            "ZIMAGE_SCHEDULES": str(ROOT / "examples" / "schedules.toml"),
+        },
+    )
+    while not (tmp_path / "zimage.db").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and b"Traceback" not in errors, errors
+
+
+def test_a_download_that_fails_was_begun(tmp_path: Path) -> None:
+    away = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    done = zimage("weights", "fetch", "some/weights", **away)
+    assert done.returncode == 1 and "some/weights could not be downloaded" in done.stderr
+    assert zimage("weights", "fetch", "no-hub-id").returncode == 2
 
 
 def test_version() -> None:

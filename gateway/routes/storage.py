@@ -1,15 +1,16 @@
 """Uploads, as rest.fal.ai and fal's CDN have them: pictures and weights for later requests.
 
 The JavaScript client asks for an upload URL and PUTs to it; the Python client asks for a token and
-POSTs to the CDN with it. Both have a form in parts for large files. What arrives is a file like any
-output: readable by whoever has its URL until it expires, and usable as `image_url`.
+POSTs to the CDN with it; whoever uploads by hand does that with a key. Both have a form in parts for
+large files. What arrives is a file like any output: readable by whoever has its URL until it expires, and
+usable as `image_url`.
 """
 
 from __future__ import annotations
 
 import re
 from datetime import UTC, datetime, timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 from urllib.parse import quote
 
 from fastapi import APIRouter, Request, Response
@@ -29,6 +30,9 @@ MAX_PARTS = 10_000
 MAX_MESSAGE = 1 << 20
 
 _SUFFIXES = {**{kind: suffix for suffix, kind in CONTENT_TYPES.items()}, "image/jpg": "jpeg"}
+_FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
+"""What curl sends unless it is told otherwise."""
+
 _STORAGE = f"{REST_PREFIX}/storage"
 
 router = APIRouter(tags=["storage"], include_in_schema=False)
@@ -109,7 +113,7 @@ async def cdn_token(request: Request) -> Response:
 
 @router.post(URL_PATH + "upload")
 async def cdn_upload(request: Request) -> Response:
-    _check_cdn(request)
+    _uploader(request)
     name = _name(request, _content_type(request), ("header", "Content-Type"))
     await _store(request, name)
     return json_response({"access_url": f"{origin(request)}{URL_PATH}{name}"})
@@ -117,9 +121,9 @@ async def cdn_upload(request: Request) -> Response:
 
 @router.post(URL_PATH + "upload/multipart")
 async def cdn_multipart(request: Request) -> Response:
-    claims = _check_cdn(request)
+    key_id = _uploader(request)
     name = _name(request, _content_type(request), ("header", "Content-Type"))
-    token = _tokens(request).issue("upload", claims["sub"], UPLOAD_SECONDS, file=name)
+    token = _tokens(request).issue("upload", key_id, UPLOAD_SECONDS, file=name)
     return json_response({"access_url": f"{origin(request)}{URL_PATH}{name}", "uploadId": token})
 
 
@@ -147,9 +151,15 @@ def _check_upload(request: Request, name: str, token: str | None = None) -> None
         raise ServiceError(403, "The token is for another file", "bad_request")
 
 
-def _check_cdn(request: Request) -> dict[str, Any]:
-    token = request.headers.get("authorization", "").rpartition(" ")[2]
-    return _tokens(request).read(token, "cdn")
+def _uploader(request: Request) -> str:
+    """The key id behind a CDN token, or behind a key that somebody sends without asking for a token first.
+
+    Raises Unauthorized.
+    """
+    credentials = request.headers.get("authorization", "").rpartition(" ")[2]
+    if request.app.state.keys is None or not credentials or ":" in credentials:
+        return authenticate(request)
+    return str(_tokens(request).read(credentials, "cdn")["sub"])
 
 
 def _content_type(request: Request) -> str:
@@ -159,9 +169,11 @@ def _content_type(request: Request) -> str:
 def _name(request: Request, content_type: str, loc: tuple[str, str]) -> str:
     kind = content_type.partition(";")[0].strip().lower()
     if kind not in _SUFFIXES:
+        hint = ". Send the file itself, no form: curl --data-binary @FILE -H 'Content-Type: …'"
         raise InputError(
             loc,
-            f"Files of this type are not stored; known are {', '.join(sorted(_SUFFIXES))}",
+            f"Files of this type are not stored; known are {', '.join(sorted(_SUFFIXES))}"
+            f"{hint if kind in _FORMS else ''}",
             "unsupported_image_format",
             ctx={"supported_formats": sorted(_SUFFIXES)},
             input=content_type,

@@ -13,11 +13,13 @@ from pathlib import Path
 
 import pytest
 import trustme
+from safetensors.torch import save_file
 
 from gateway.settings import Deployment, Settings
 from inference.engine import Engine
 from tests.clients.npm import FAL_CLIENT, install
 from tests.conftest import ROOT, Server, serving
+from tests.inference.lora_files import pairs, weights, written
 
 README = (ROOT / "README.md").read_text()
 HOST = "http://127.0.0.1:8000"
@@ -29,7 +31,8 @@ def blocks(language: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory, engine: Engine) -> Iterator[Server]:
-    with serving(tmp_path_factory.mktemp("home"), engine) as server:
+    loras = engine.models.loras._directory
+    with serving(tmp_path_factory.mktemp("home"), engine, loras=loras) as server:
         yield server
 
 
@@ -48,9 +51,21 @@ def run(
     return done
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, engine: Engine) -> Path:
+    """The repository's examples, and a LoRA file of one's own."""
+    folder = tmp_path_factory.mktemp("folder")
+    (folder / "examples").symlink_to(ROOT / "examples")
+    save_file(
+        written("diffusers", pairs(weights(engine.models.transformer))),
+        folder / "style.safetensors",
+    )
+    return folder
+
+
 @pytest.mark.parametrize("block", blocks("bash"), ids=lambda block: block.split()[2][:60])
-def test_curl(block: str, plain: Server) -> None:
-    answer = json.loads(run(["bash", "-c", block.replace(HOST, plain.url)]).stdout)
+def test_curl(block: str, plain: Server, folder: Path) -> None:
+    answer = json.loads(run(["bash", "-c", block.replace(HOST, plain.url)], folder).stdout)
     if "status_url" in answer:
         plain.wait(answer["status_url"])
         answer = plain.http.get(answer["response_url"]).json()

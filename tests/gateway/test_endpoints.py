@@ -162,14 +162,17 @@ class Hub(SimpleHTTPRequestHandler):
     """A website with files, which is a hub, too."""
 
     files: dict[str, bytes]
+    moved: dict[str, str]
     asked: list[str]
+    shown: list[str | None]
 
     def do_GET(self) -> None:
         self.asked.append(self.path)
+        self.shown.append(self.headers["Authorization"])
         content = self.files.get(self.path)
-        if content is None and self.path == "/moved.safetensors":
+        if self.path in self.moved:
             self.send_response(302)
-            self.send_header("Location", "/lora.safetensors")
+            self.send_header("Location", self.moved[self.path])
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
@@ -184,7 +187,7 @@ class Hub(SimpleHTTPRequestHandler):
 
 @contextmanager
 def hub() -> Iterator[tuple[str, type[Hub]]]:
-    handler = type("Handler", (Hub,), {"files": {}, "asked": []})
+    handler = type("Handler", (Hub,), {"files": {}, "moved": {}, "asked": [], "shown": []})
     website = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=website.serve_forever, daemon=True).start()
     try:
@@ -208,6 +211,7 @@ def test_a_lora_from_everywhere(
             "/someone/style/resolve/main/a%20b.safetensors": lora_file,
             "/someone/two/resolve/main/x/one.safetensors": lora_file,
         }
+        site.moved["/moved.safetensors"] = "/lora.safetensors"
         monkeypatch.setenv("HF_ENDPOINT", url)
         (directory / "mine.safetensors").write_bytes(lora_file)
         with serving(tmp_path, engine, loras=directory) as server:

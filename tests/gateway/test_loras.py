@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import os
 import time
+from ipaddress import ip_network
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from gateway.fetch import Fetcher
 from gateway.files import DirectoryFiles
 from gateway.loras import LoraStore
 from inference.engine import Engine
+from tests.gateway.test_endpoints import hub
 from tests.inference.lora_files import pairs, weights, written
 
 LOC = ("body", "loras", 0, "path")
@@ -116,3 +118,29 @@ def test_a_name_that_appears_later_is_found(tmp_path: Path, files: list[bytes]) 
         assert await store("late", LOC) == hashlib.sha256(files[0]).hexdigest()
 
     asyncio.run(go())
+
+
+def test_the_hubs_token_is_shown_to_the_hub_alone(
+    tmp_path: Path, files: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither to the storage that the hub redirects to, nor to a URL that somebody wrote."""
+    monkeypatch.setenv("HF_TOKEN", "hf_of_the_operator\n")
+    with hub() as (url, site), hub() as (storage, elsewhere):
+        monkeypatch.setenv("HF_ENDPOINT", url)
+        site.files["/api/models/me/private"] = b'{"siblings": [{"rfilename":"a.safetensors"}]}'
+        site.moved |= {
+            "/me/private/resolve/main/a.safetensors": "/cache/a",
+            "/cache/a": f"{storage}/signed",
+        }
+        elsewhere.files |= {"/signed": files[0], "/other": files[1]}
+
+        async def go() -> None:
+            fetcher = Fetcher([ip_network("127.0.0.0/8")])
+            store = LoraStore(tmp_path / "loras", fetcher, DirectoryFiles(tmp_path / "files"))
+            assert await store("me/private", LOC) == hashlib.sha256(files[0]).hexdigest()
+            await store(f"{storage}/other", LOC)
+            await fetcher.close()
+
+        asyncio.run(go())
+    assert site.shown == ["Bearer hf_of_the_operator"] * 3
+    assert elsewhere.asked == ["/signed", "/other"] and elsewhere.shown == [None, None]

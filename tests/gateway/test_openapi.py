@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from inline_snapshot import snapshot
@@ -20,6 +21,14 @@ def test_every_endpoint_is_documented(server: Server) -> None:
             assert content["schema"]["$ref"].rsplit("/", 1)[1] in schemas
             assert endpoint.input.model_validate(content["example"])
             assert {"200", "401", "422"} <= set(operation["responses"])
+
+
+def test_the_page_needs_nobody_else(server: Server) -> None:
+    page = server.http.get("/docs").text
+    parts = re.findall(r'(?:src|href)="([^"]+)"', page)
+    assert "/openapi.json" in page and "https:" not in page
+    assert {part.rpartition(".")[2] for part in parts} == {"js", "css", "png"}
+    assert [server.http.get(part).status_code for part in parts] == [200] * len(parts)
 
 
 def test_references_resolve(server: Server) -> None:

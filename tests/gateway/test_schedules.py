@@ -229,11 +229,16 @@ def test_keep_runs_what_is_due(
 
 
 def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
     path = tmp_path / "schedules.toml"
+    unreachable = ARGUMENTS + 'image_url="http://127.0.0.1/x.png"\n'
     path.write_text(
         MINIMAL + 'output="new"\n' + ARGUMENTS + "num_inference_steps=1\n"
         "image_size={width=64, height=48}\n"
+        + MINIMAL.replace('"a"', '"b"').replace("turbo", "turbo/image-to-image")
+        + unreachable
     )
     shared = ["--file", str(path)]
     listing = CliRunner().invoke(app, ["schedule", "list", *shared])
@@ -241,8 +246,11 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = [*shared, "--home", str(tmp_path / "home"), "--at", "2026-03-05 08:00:00"]
     made = CliRunner().invoke(app, ["schedule", "run", "a", *options])
     assert made.exit_code == 0, made.output
-    assert len(list((tmp_path / "new").glob("2026-03-05T*-a-000-0.png"))) == 1
-    missing = CliRunner().invoke(app, ["schedule", "run", "b", *options])
-    assert missing.exit_code == 2 and "no schedule 'b'; there is a" in missing.output
+    (picture,) = (tmp_path / "new").glob("2026-03-05T*-a-000-0.png")
+    assert str(picture) in made.stdout and not list(elsewhere.iterdir())
+    failing = CliRunner().invoke(app, ["schedule", "run", "b", *options])
+    assert failing.exit_code == 1 and "1 requests failed" in failing.output
+    missing = CliRunner().invoke(app, ["schedule", "run", "c", *options])
+    assert missing.exit_code == 2 and "no schedule 'c'; there is a, b" in missing.output
     nothing = CliRunner().invoke(app, ["schedule", "list"])
     assert nothing.exit_code == 2 and "ZIMAGE_SCHEDULES" in nothing.output

@@ -99,6 +99,28 @@ def test_the_cdn_flow(server: Server, picture: bytes) -> None:
     assert server.http.get(begun["access_url"]).content == picture
 
 
+def test_an_upload_by_hand_needs_no_token(server: Server, picture: bytes) -> None:
+    png = {"Content-Type": "image/png"}
+    answer = server.http.post("/files/upload", content=picture, headers={**KEY, **png})
+    assert server.http.get(answer.json()["access_url"]).content == picture
+    for wrong in ({}, {"Authorization": f"{KEY['Authorization']}x"}, {"Authorization": "Bearer x"}):
+        for path in ("/files/upload", "/files/upload/multipart"):
+            refused = server.http.post(path, content=picture, headers={**wrong, **png})
+            assert refused.status_code == 401
+
+
+def test_an_upload_without_keys(tmp_path: Path, engine: Engine, picture: bytes) -> None:
+    with serving(tmp_path, engine) as server:
+        url = f"{server.url}/files/upload"
+        for authorization in ({}, {"Authorization": "Key any:thing"}):
+            headers = {"Content-Type": "image/png", **authorization}
+            stored = server.http.post(url, content=picture, headers=headers).json()
+            assert server.http.get(stored["access_url"]).content == picture
+        form = server.http.post(url, files={"file": ("cat.png", picture, "image/png")})
+        assert error(form) == (422, "unsupported_image_format")
+        assert "--data-binary @FILE" in form.json()["detail"][0]["msg"]
+
+
 def test_a_host_that_starts_with_rest_means_storage(server: Server) -> None:
     answer = server.http.post(
         "/storage/auth/token", headers={**KEY, "Host": f"rest.localhost:{server.port}"}

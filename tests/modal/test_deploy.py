@@ -141,6 +141,19 @@ def test_keys_are_in_no_image(plane: Plane) -> None:
         assert not any(secret in str(function) for function in plane.functions.values())
 
 
+def test_the_hubs_token_goes_where_it_is_needed(tmp_path: Path) -> None:
+    done, plane = deployment(tmp_path, ZIMAGE_HUB_SECRET="huggingface-secret")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert plane.secrets["huggingface-secret"] == ["HF_TOKEN"]
+    functions = {**plane.functions, "Generator.*": gpu_class(plane)[0]}
+    holders = {
+        name
+        for name, function in functions.items()
+        if "huggingface-secret" in [plane.secret_names[each] for each in function.secret_ids]
+    }
+    assert holders == {"job", "fetch_weights"}
+
+
 @pytest.mark.parametrize(
     ("mode", "snapshot", "gpu_snapshot"),
     [("gpu", True, True), ("off", False, False)],

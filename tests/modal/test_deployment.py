@@ -507,6 +507,24 @@ def test_snapshot_modes(tmp_path: Path, mode: str) -> None:
         assert deployment.cloud.checkpoints == ([GPU] if mode == "gpu" else [])
 
 
+def test_a_private_repository(tmp_path: Path, engine: Engine) -> None:
+    """Read with the token in a secret of the deployment's, which no log has."""
+    lora = written("fused", pairs(weights(engine.models.transformer), seed=3))
+    with hub() as (url, site):
+        site.files["/me/mine/resolve/main/a.safetensors"] = save_tensors(
+            {name: tensor.clone() for name, tensor in lora.items()}
+        )
+        secrets = {**SECRETS, "my-hub": {"HF_TOKEN": "hf_of_the_operator", "HF_ENDPOINT": url}}
+        settings = {**SETTINGS, "ZIMAGE_HUB_SECRET": "my-hub"}
+        with deployed(tmp_path, secrets, settings, MACHINE) as deployment:
+            deployment.http.headers["Authorization"] = f"Key {KEY}"
+            body = {**SMALL, "loras": [{"path": "me/mine/a.safetensors"}]}
+            answer = deployment.http.post("/fal-ai/z-image/turbo/lora", json=body)
+            assert answer.status_code == 200, answer.text + deployment.cloud.log()
+            assert "hf_of_the_operator" not in deployment.cloud.log()
+        assert site.shown == ["Bearer hf_of_the_operator"]
+
+
 BREAKS_ONCE = """
 import importlib.abc, importlib.util, os, sys
 

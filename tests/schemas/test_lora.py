@@ -176,6 +176,40 @@ def test_broken_files_are_refused(shapes: dict[str, Shape]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ({A: (4, 16)}, f"{Q} has lora_A (or lora_down), but no lora_B (or lora_up)"),
+        ({B: (24, 4)}, f"{Q} has lora_B (or lora_up), but no lora_A (or lora_down)"),
+        ({f"{Q}.lokr_w1": (2, 4)}, f"{Q} has lokr_w1, but no lokr_w2"),
+        (
+            {f"{Q}.lokr_w1": (2, 4), f"{Q}.lokr_w2_a": (8, 3)},
+            f"{Q} has lokr_w1 and lokr_w2_a, but no lokr_w2_b",
+        ),
+        (
+            {f"{Q}.hada_w1_a": (8, 3), f"{Q}.hada_w1_b": (3, 4)},
+            f"{Q} has hada_w1_a and hada_w1_b, but no hada_w2_a and hada_w2_b",
+        ),
+        (
+            {f"{Q}.lokr_w1": (2,), f"{Q}.lokr_w2": (8, 16)},
+            f"{Q} has tensors whose shapes do not go together: lokr_w1 (2,), lokr_w2 (8, 16)",
+        ),
+        (
+            {A: (4, 16), f"{Q}.lokr_w1": (4, 16)},
+            f"{Q} has tensors that do not belong together: lora_A (or lora_down) and lokr_w1",
+        ),
+        (
+            {f"{Q}.alpha": ()},
+            f"{Q} has an alpha or DoRA magnitudes only, and nothing that they are for",
+        ),
+    ],
+)
+def test_what_is_broken_is_said(shapes: dict[str, Shape], message: str) -> None:
+    with pytest.raises(LoraError) as raised:
+        adapters(shapes)
+    assert str(raised.value) == message
+
+
+@pytest.mark.parametrize(
     ("config", "factor"),
     [
         ({}, 1.0),

@@ -98,3 +98,10 @@ def test_the_program(tmp_path: Path) -> None:
     trace.write_text("soon")
     wrong = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert wrong.returncode == 2 and "line 1: 'soon' is no number" in wrong.stderr
+
+
+def test_help_has_the_defaults_and_what_they_are_in() -> None:
+    command = [sys.executable, ROOT / "scripts" / "capacity.py", "--help"]
+    text = " ".join(subprocess.run(command, capture_output=True, text=True).stdout.split())
+    assert f"seconds from a container's start until it is ready ({Machine().cold})" in text
+    assert "Not simulated:" in text and "Exit code 1" in text
