@@ -12,12 +12,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from gateway import schedule_commands, webhook_commands
-from gateway.local_engine import LocalEngine
-from gateway.run_command import run
-from gateway.serve_command import serve
+from gateway.commands import schedule, webhooks
+from gateway.commands.engine import LocalEngine
+from gateway.commands.run import run
+from gateway.commands.serve import serve
+from gateway.commands.terminal import FAILED, fail, read_settings
 from gateway.settings import Settings, describe
-from gateway.terminal import FAILED, fail, read_settings
 from schemas.task import Acceleration, Variant
 
 app = typer.Typer(
@@ -32,8 +32,8 @@ weights_app = typer.Typer(help="Look at weights and download them.", no_args_is_
 app.command()(run)
 app.command(epilog=describe())(serve)
 app.add_typer(weights_app, name="weights")
-app.add_typer(webhook_commands.app, name="webhooks")
-app.add_typer(schedule_commands.app, name="schedule")
+app.add_typer(webhooks.app, name="webhooks")
+app.add_typer(schedule.app, name="schedule")
 
 
 def _print_version(wanted: bool) -> None:

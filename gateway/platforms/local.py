@@ -22,7 +22,6 @@ from gateway.jobs import Job, Outcome
 from gateway.loras import LoraStore
 from gateway.platform import Platform, View
 from gateway.platforms import home
-from gateway.platforms.home import HomeInUse as HomeInUse
 from gateway.platforms.outbox import Outbox
 from gateway.platforms.records import Records
 from gateway.platforms.runs import Runs

@@ -15,8 +15,7 @@ from rich.logging import RichHandler
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 
-from gateway.inputs import parse
-from gateway.terminal import (
+from gateway.commands.terminal import (
     FAILED,
     REFUSED,
     check_lora,
@@ -32,13 +31,14 @@ from gateway.terminal import (
     refused,
     timings_table,
 )
+from gateway.inputs import parse
 from schemas.endpoints import ENDPOINTS, Endpoint
 from schemas.errors import ApiError
 from schemas.task import Acceleration, Format, TilingMode, Variant
 
 if TYPE_CHECKING:
-    from gateway.local_engine import OpenEngine
-    from gateway.once import Answer
+    from gateway.commands.engine import OpenEngine
+    from gateway.commands.once import Answer
     from gateway.platform import View
     from gateway.settings import Settings
 
@@ -208,7 +208,7 @@ def _run_once(
     settings: Settings, open_engine: OpenEngine, endpoint: Endpoint, body: dict[str, Any]
 ) -> tuple[Answer, float]:
     """Load, run one request, show how far it is. With the seconds that loading took."""
-    from gateway.once import run_once
+    from gateway.commands.once import run_once
 
     columns = (
         SpinnerColumn(),

@@ -11,8 +11,8 @@ from typing import Annotated
 
 import typer
 
-from gateway.local_engine import platform_and_engine
-from gateway.terminal import console, fail, read_settings
+from gateway.commands.engine import platform_and_engine
+from gateway.commands.terminal import console, fail, read_settings
 
 
 def serve(

@@ -13,10 +13,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from gateway.local_engine import platform_and_engine
+from gateway.commands.engine import platform_and_engine
+from gateway.commands.terminal import FAILED, fail, read_settings
 from gateway.schedules import Schedule, ScheduleError, keep, load, run, saving_below
 from gateway.settings import Settings
-from gateway.terminal import FAILED, fail, read_settings
 
 app = typer.Typer(
     help="Pictures on a schedule. An entry's `output` is a folder beside the file that it is in.",

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from gateway.terminal import fail
+from gateway.commands.terminal import fail
 from schemas.task import Progress, Result, Task, Variant
 
 if TYPE_CHECKING:
@@ -41,7 +41,8 @@ def platform_and_engine(
 
     Real weights take minutes, so the platform comes first: it may find ZIMAGE_HOME in use, or unusable.
     """
-    from gateway.platforms.local import HomeInUse, LocalPlatform
+    from gateway.platforms.home import HomeInUse
+    from gateway.platforms.local import LocalPlatform
 
     async def generate(task: Task, on_progress: Callable[[Progress], None]) -> Result:
         return await engine.generate(task, on_progress)

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from gateway.terminal import FAILED, fail, read_settings
+from gateway.commands.terminal import FAILED, fail, read_settings
 
 app = typer.Typer(help="Webhooks: attempts and signing keys.", no_args_is_help=True)
 
