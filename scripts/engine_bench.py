@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import io
-import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -14,14 +13,14 @@ from typing import Any
 import torch
 from diffusers import ZImageImg2ImgPipeline, ZImagePipeline
 from PIL import Image
+from random_models import random_models
 from serving import Row
 from timing import alternate
 
 from inference.engine import Engine
-from inference.models import Models
 from inference.plan import plan
 from inference.sampling import forwards
-from inference.weights import DEMO_DIRECTORY, Weights, locate
+from inference.weights import locate
 from media.decode import to_picture
 from media.fit import fit
 from schemas.task import Acceleration, Lora, Task
@@ -237,67 +236,6 @@ def lora_swap(engine: Engine, rank: int = 16) -> Row:
             times[f"{what} s"] = time.perf_counter() - began
         models.merge(())
     return {"case": f"LoRA of rank {rank}, {len(tensors) // 2} matrices", **times}
-
-
-def random_models(device: str, small: bool) -> Models:
-    """Z-Image's classes at its published sizes (or the demo's), with weights that mean nothing."""
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImageTransformer2DModel
-    from transformers import AutoTokenizer, Qwen3Config, Qwen3Model
-
-    directory = Path(tempfile.mkdtemp(prefix="zimage-bench-"))
-    tokenizer = AutoTokenizer.from_pretrained(DEMO_DIRECTORY / "tokenizer")
-    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(DEMO_DIRECTORY / "scheduler")
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    torch.manual_seed(0)
-    try:
-        with torch.device(device):
-            if small:
-                transformer: Any = ZImageTransformer2DModel.from_config(
-                    ZImageTransformer2DModel.load_config(DEMO_DIRECTORY / "transformer")
-                )
-                vae: Any = AutoencoderKL.from_config(
-                    AutoencoderKL.load_config(DEMO_DIRECTORY / "vae")
-                )
-                text = Qwen3Config.from_pretrained(DEMO_DIRECTORY / "text_encoder")
-            else:
-                transformer = ZImageTransformer2DModel()
-                vae = AutoencoderKL(
-                    down_block_types=("DownEncoderBlock2D",) * 4,
-                    up_block_types=("UpDecoderBlock2D",) * 4,
-                    block_out_channels=(128, 256, 512, 512),
-                    layers_per_block=2,
-                    latent_channels=16,
-                    sample_size=1024,
-                    scaling_factor=0.3611,
-                    shift_factor=0.1159,
-                    use_quant_conv=False,
-                    use_post_quant_conv=False,
-                )
-                text = Qwen3Config(
-                    hidden_size=2560,
-                    intermediate_size=9728,
-                    num_hidden_layers=36,
-                    num_attention_heads=32,
-                    num_key_value_heads=8,
-                    head_dim=128,
-                    tie_word_embeddings=True,
-                )
-            text_encoder = Qwen3Model(text)
-    finally:
-        torch.set_default_dtype(before)
-    components = {
-        "transformer": transformer,
-        "vae": vae,
-        "text_encoder": text_encoder,
-        "tokenizer": tokenizer,
-        "scheduler": scheduler,
-    }
-    for name in ("transformer", "vae", "text_encoder"):
-        components[name] = components[name].to(device).eval().requires_grad_(False)
-    torch.nn.init.normal_(transformer.x_pad_token, std=0.02)
-    torch.nn.init.normal_(transformer.cap_pad_token, std=0.02)
-    return Models(components, Weights("random", directory, "none"), directory)
 
 
 def no_checker(image: Image.Image) -> bool:
