@@ -86,9 +86,11 @@ def open_engine(settings: Settings, *wanted: Variant) -> Iterator[LocalEngine]:
 def weights_info(
     spec: Annotated[str | None, typer.Argument(help="Default: ZIMAGE_WEIGHTS.")] = None,
 ) -> None:
-    """Where a set of weights is, its revision and its parts, and what acceleration means here."""
+    """Where a set of weights is, its revision and its parts, what it takes of a GPU, and what
+    acceleration means here."""
     import torch
 
+    from inference import memory
     from inference.plan import default_device, plan
     from inference.weights import COMPONENTS, WeightsError, locate
 
@@ -104,6 +106,18 @@ def weights_info(
         megabytes = sum(file.stat().st_size for file in files) / 1e6
         table.add_row(name, index[name][1], f"{megabytes:,.1f}")
     Console().print(table)
+    transformer, vae = weights.config("transformer"), weights.config("vae")
+    table = Table("size", "weights", "denoising", "VAE decoding", "together", title="GiB of a GPU")
+    for side in (512, 1024, 1536, 2048):
+        denoise = memory.MARGIN * memory.denoise_bytes(transformer, side, side)
+        decode = memory.MARGIN * memory.decode_bytes(vae, side, side)
+        taken = (weights.bytes, denoise, decode, weights.bytes + max(denoise, decode))
+        table.add_row(f"{side}²", *(f"{size / 2**30:.2f}" for size in taken))
+    Console().print(table)
+    print(
+        "and about 1 for CUDA itself; "
+        f"high takes {memory.float8_bytes(transformer) / 2**30:.2f} more, LoRAs what they change"
+    )
     print(weights.path)
     print(f"expands prompts: {'yes' if weights.language_model else 'no'}")
     device = torch.device(settings.device or default_device())

@@ -113,6 +113,9 @@ class Engine:
         clock = StageClock()
         how = plan(task.acceleration, self.device)
         try:
+            if task.loras:  # at strength 0, too: whole or refused
+                with clock.stage("lora"), _refusing(task):
+                    self.models.loras.prefetch(task.loras)
             task = self._expanded(task, clock, cancelled)
             n = sampling.forwards(task.steps, task.strength)
             pictures = (
@@ -174,9 +177,6 @@ class Engine:
     ) -> Iterator[Image.Image]:
         """Pictures of a task one after the other. The lock is free between two of them."""
         drawing = None
-        if task.loras:
-            with clock.stage("lora"), _refusing(task):
-                self.models.loras.prefetch(task.loras)
         for k in range(task.num_images):
 
             def on_step(step: int, k: int = k) -> None:

@@ -19,11 +19,9 @@ import torch
 from torch.nn import functional as F
 
 from inference import float8
+from inference.attention import Kernel, attend
 from inference.float8 import Float8Weight
 from inference.velocity import Velocity, times
-
-PLAIN_TOKENS = 1536
-"""Up to here plain products were 2.3 to 2.6 times as fast (two cores with AVX512-BF16); from 2400 slower."""
 
 logger = logging.getLogger(__name__)
 
@@ -68,17 +66,8 @@ def rotate(x: torch.Tensor, rope: Rope) -> torch.Tensor:
     return torch.stack(pairs, dim=-1).flatten(-2)
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Attention of every token to every other, (heads, tokens, d)."""
-    if q.is_cpu and q.dtype == torch.bfloat16 and q.shape[1] <= PLAIN_TOKENS:
-        # Torch's kernel for CPUs makes less of their bfloat16 units than two plain products do.
-        weights = torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(1, 2), dim=-1)
-        return weights @ v
-    return F.scaled_dot_product_attention(q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0))[0]
-
-
 def run_block(
-    block: Block, x: torch.Tensor, rope: Rope, modulation: torch.Tensor | None
+    block: Block, x: torch.Tensor, rope: Rope, modulation: torch.Tensor | None, attention: Kernel
 ) -> torch.Tensor:
     """x (tokens, D); modulation (4, D): scale and gate of attention, scale and gate of feed-forward."""
     tokens, width = x.shape
@@ -92,7 +81,7 @@ def run_block(
     qk = F.rms_norm(qkv[:, :2].float(), qkv.shape[-1:], eps=1e-5) * block.qk_norm
     q, k = rotate(qk, rope).to(x.dtype).transpose(0, 2).unbind(1)
     v = qkv[:, 2].transpose(0, 1)
-    h = attend(q, k, v).transpose(0, 1).reshape(tokens, width)
+    h = attend(q, k, v, attention).transpose(0, 1).reshape(tokens, width)
     h = linear(h, block.out)
     h = rms_norm(h, block.norms[1], block.eps)
     x = x + (h if modulation is None else h * modulation[1])
@@ -105,7 +94,7 @@ def run_block(
     return x + (h if modulation is None else h * modulation[3])
 
 
-RunBlock = Callable[[Block, torch.Tensor, Rope, torch.Tensor | None], torch.Tensor]
+RunBlock = Callable[[Block, torch.Tensor, Rope, torch.Tensor | None, Kernel], torch.Tensor]
 
 
 def fuse(parts: Sequence[torch.nn.Parameter]) -> torch.Tensor:
@@ -182,6 +171,7 @@ class LeanTransformer:
         width: int,
         *,
         in_8_bits: bool = False,
+        attention: Kernel = "torch",
     ) -> Velocity:
         """prompt_embeds (tokens, width); sigmas (n + 1,); height and width of latents, even.
 
@@ -192,13 +182,19 @@ class LeanTransformer:
         layers = self.layers
         if in_8_bits:
             layers = [self.layers[0], *self._float8, self.layers[-1]]
-        return self._request(layers, prompt_embeds, sigmas, height // PATCH, width // PATCH)
+        caption = self._caption(prompt_embeds, attention)
+        return self._request(layers, caption, sigmas, height // PATCH, width // PATCH, attention)
 
     def _request(
-        self, layers: list[Block], prompt_embeds: torch.Tensor, sigmas: torch.Tensor, h: int, w: int
+        self,
+        layers: list[Block],
+        caption: torch.Tensor,
+        sigmas: torch.Tensor,
+        h: int,
+        w: int,
+        attention: Kernel,
     ) -> Velocity:
         model = self.model
-        caption = self._caption(prompt_embeds)
         tokens = h * w
         padding = -tokens % MULTIPLE
         rope = self._rope(self._positions(len(caption) + 1, h, w, padding, caption.device))
@@ -219,11 +215,11 @@ class LeanTransformer:
             x = torch.cat([x, pad_tokens]) if padding else x
             self._mark_dynamic(x, *rope)
             for block, modulation in zip(self.noise_refiner, refiner_modulations, strict=True):
-                x = self._run(block, x, rope, modulation[i])
+                x = self._run(block, x, rope, modulation[i], attention)
             x = torch.cat([x, caption])
             self._mark_dynamic(x, *joint_rope)
             for block, modulation in zip(layers, layer_modulations, strict=True):
-                x = self._run(block, x, joint_rope, modulation[i])
+                x = self._run(block, x, joint_rope, modulation[i], attention)
             x = final.linear(final.norm_final(x[:tokens]) * final_scales[i])
             x = x.view(h, w, PATCH, PATCH, -1).permute(4, 0, 2, 1, 3)
             noise_pred: torch.Tensor = -x.reshape(-1, h * PATCH, w * PATCH).float()
@@ -231,7 +227,7 @@ class LeanTransformer:
 
         return velocity
 
-    def _caption(self, prompt_embeds: torch.Tensor) -> torch.Tensor:
+    def _caption(self, prompt_embeds: torch.Tensor, attention: Kernel) -> torch.Tensor:
         """Refined caption tokens, padded: (tokens, D)."""
         length = len(prompt_embeds)
         caption: torch.Tensor = self.model.cap_embedder(prompt_embeds)
@@ -239,7 +235,7 @@ class LeanTransformer:
         caption = torch.cat([caption, self.model.cap_pad_token.expand(padding, -1)])
         rope = self._caption_rope(len(caption), caption.device)
         for block in self.context_refiner:  # once a request: not worth a graph of its own
-            caption = run_block(block, caption, rope, None)
+            caption = run_block(block, caption, rope, None, attention)
         return caption
 
     def _caption_rope(self, length: int, device: torch.device) -> Rope:
@@ -262,14 +258,19 @@ class LeanTransformer:
         return positions
 
     def _run_graph(
-        self, block: Block, x: torch.Tensor, rope: Rope, modulation: torch.Tensor | None
+        self,
+        block: Block,
+        x: torch.Tensor,
+        rope: Rope,
+        modulation: torch.Tensor | None,
+        attention: Kernel,
     ) -> torch.Tensor:
         try:
-            return self._graph(block, x, rope, modulation)
+            return self._graph(block, x, rope, modulation, attention)
         except torch._dynamo.exc.TorchDynamoException:
             logger.exception("blocks cannot be compiled here: they run as they are")
             self._run, self.compiled = run_block, False
-            return run_block(block, x, rope, modulation)
+            return run_block(block, x, rope, modulation, attention)
 
     def _mark_dynamic(self, *tensors: torch.Tensor) -> None:
         """One graph for all sizes and prompts: the number of tokens is not a constant of it."""

@@ -99,7 +99,9 @@ class Models:
             return reference(self.transformer, embeds, sigmas)
         if self._lean is None:
             self._lean = LeanTransformer(self.transformer, compiled=how.compiled)
-        return self._lean.velocity(embeds, sigmas, height, width, in_8_bits=how.float8)
+        return self._lean.velocity(
+            *(embeds, sigmas, height, width), in_8_bits=how.float8, attention=how.attention
+        )
 
     def what_ran(self, how: Plan) -> str:
         """The plan in words, as it turned out: blocks that cannot be compiled run as they are."""

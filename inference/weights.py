@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 DEMO = "demo"
 DEMO_DIRECTORY = Path(__file__).parent / "demo_weights"
@@ -40,8 +41,17 @@ class Weights:
     @property
     def language_model(self) -> bool:
         """Whether the text encoder was saved as a whole language model, so that it can write, too."""
-        config = json.loads((self.path / "text_encoder" / "config.json").read_text())
+        config = self.config("text_encoder")
         return any(name.endswith("ForCausalLM") for name in config.get("architectures") or ())
+
+    @property
+    def bytes(self) -> int:
+        """Of all tensors, as the files hold them."""
+        return sum(file.stat().st_size for file in self.path.glob("*/*.safetensors"))
+
+    def config(self, component: str) -> dict[str, Any]:
+        config: dict[str, Any] = json.loads((self.path / component / "config.json").read_text())
+        return config
 
 
 def locate(spec: str) -> Weights:

@@ -3,8 +3,9 @@
     python scripts/bench.py [engine] [gateway] [encode] [gpu] [--peers PYTHON] [--json FILE]
 
 engine   our engine against a bare diffusers script on the same demo weights, in the same dtype
-gpu      the same on random weights of full size: every level, 512² to 2048², memory, LoRA, dollars;
-         without a GPU the demo's sizes, to see that it runs
+gpu      the same on random weights of full size: every level, 512² to 2048², memory, dollars; attention
+         kernels, stages of a request, LoRAs; cache-dit beside it where it is installed
+         (`pip install cache-dit==1.5.3`); without a GPU the demo's sizes, to see that it runs
 gateway  the service over an engine that takes no time, against LitServe and BentoML over the same;
          and how status answers under load. The two need an environment of their own:
          `python -m venv peers && peers/bin/pip install litserve bentoml`, `--peers peers/bin/python`
@@ -168,16 +169,22 @@ def encode(rounds: int = 5) -> list[Row]:
 DEFAULT = ("engine", "gateway", "encode")
 
 
-def engine_bench() -> Any:
-    """The half that needs torch."""
-    import engine_bench
+def engine() -> list[Row]:
+    from engine_bench import on_demo_weights
 
-    return engine_bench
+    return on_demo_weights()
+
+
+def gpu(price: float) -> list[Row]:
+    from gpu_bench import on_full_size
+
+    return on_full_size(price)
 
 
 def show(title: str, rows: list[Row]) -> None:
     names = list(dict.fromkeys(name for row in rows for name in row))
     table = Table(*names, title=title)
+    table.columns[0].no_wrap = True
     for row in rows:
         values = (row.get(name, "") for name in names)
         table.add_row(*(f"{v:,.2f}" if isinstance(v, float) else str(v) for v in values))
@@ -203,8 +210,8 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     parts: dict[str, Callable[[], list[Row]]] = {
-        "engine": lambda: engine_bench().on_demo_weights(),
-        "gpu": lambda: engine_bench().on_full_size(arguments.price),
+        "engine": engine,
+        "gpu": partial(gpu, arguments.price),
         "gateway": partial(gateway, arguments.peers),
         "encode": encode,
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -243,6 +244,9 @@ def test_weights_info() -> None:
     done = zimage("weights", "info")
     assert done.returncode == 0
     assert "ZImageTransformer2DModel" in done.stdout
+    (largest,) = (line for line in done.stdout.splitlines() if "2048²" in line)
+    _, weights, denoise, decode, together = (float(n) for n in re.findall(r"[\d.]+", largest))
+    assert weights < denoise < decode and together == pytest.approx(weights + decode, abs=0.011)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A transformer of its own for tests that change its weights."""
+"""A task to vary, and a transformer of its own for tests that change its weights."""
 
 from __future__ import annotations
 
@@ -8,10 +8,28 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from inference.engine import Engine
 from inference.lora import Loras
+from media.decode import to_picture
+from media.fit import fit
+from schemas.task import Task
 from tests.inference.lora_files import same_bytes
+
+
+@pytest.fixture
+def task(photo: Image.Image) -> Task:
+    return Task(
+        prompt="a ginger cat",
+        width=160,
+        height=128,
+        steps=8,
+        strength=0.6,
+        seed=7,
+        num_images=1,
+        image=fit(to_picture(photo), 160, 128),
+    )
 
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

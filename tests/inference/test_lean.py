@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 
 from inference import float8
+from inference.attention import Kernel
 from inference.engine import Engine
 from inference.lean import LeanTransformer
 from inference.plan import Plan, plan
@@ -20,11 +22,15 @@ PROMPTS = ("a cat", "a red apple on a blue background " * 5)
 
 
 def velocities(
-    engine: Engine, lean: LeanTransformer, prompt: str, size: tuple[int, int]
+    engine: Engine,
+    lean: LeanTransformer,
+    prompt: str,
+    size: tuple[int, int],
+    attention: Kernel = "torch",
 ) -> tuple[Velocity, Velocity]:
     embeds = engine.models.encode_prompt(prompt)
     theirs = reference(engine.models.transformer, embeds, SIGMAS)
-    return theirs, lean.velocity(embeds, SIGMAS, *size)
+    return theirs, lean.velocity(embeds, SIGMAS, *size, attention=attention)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -50,8 +56,11 @@ def test_the_weights_are_not_there_twice(engine: Engine) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it imports
+@pytest.mark.parametrize("attention", ["torch", "cudnn"])
 @torch.inference_mode()
-def test_compiled_blocks_are_one_graph_for_all_sizes_and_prompts(engine: Engine) -> None:
+def test_compiled_blocks_are_one_graph_for_all_sizes_and_prompts(
+    engine: Engine, attention: Kernel
+) -> None:
     """What a GPU's plan does, compiled for this CPU."""
     if not (shutil.which("g++") or shutil.which("clang++")):
         if os.environ.get("CI"):
@@ -63,7 +72,7 @@ def test_compiled_blocks_are_one_graph_for_all_sizes_and_prompts(engine: Engine)
     counters.clear()
     lean = LeanTransformer(engine.models.transformer, compiled=True)
     for size, prompt in zip(SIZES, (*PROMPTS, "x"), strict=True):
-        theirs, ours = velocities(engine, lean, prompt, size)
+        theirs, ours = velocities(engine, lean, prompt, size, attention)
         latents = torch.randn(16, *size, generator=torch.Generator().manual_seed(1))
         torch.testing.assert_close(ours(latents, 1), theirs(latents, 1), atol=1e-4, rtol=1e-3)
     assert lean.compiled and counters["stats"]["unique_graphs"] == 1
@@ -99,12 +108,42 @@ def test_eight_bits_have_a_scale_for_every_token_and_channel() -> None:
     assert not zeros.any()
 
 
-def test_plans_of_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert plan("none", gpu) == plan("none", cpu) == Plan(lean=False)
-    assert plan("regular", cpu) == plan("high", cpu) == Plan(lean=True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert plan("regular", gpu) == Plan(lean=True, compiled=True)
-    assert str(plan("high", gpu)) == "lean forward, compiled, float8 matrices"
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    assert plan("high", gpu) == plan("regular", gpu)
+@pytest.mark.parametrize(
+    ("capability", "cudnn", "attention"),
+    [
+        ((8, 0), 92000, "torch"),
+        ((8, 9), 92000, "torch"),
+        ((9, 0), 92000, "cudnn"),
+        ((9, 0), 91500, "torch"),
+        ((9, 0), None, "torch"),
+        ((10, 0), 92000, "cudnn"),
+        ((10, 3), 92000, "cudnn"),
+        ((12, 0), 92000, "torch"),
+    ],
+)
+def test_plans_of_gpus(
+    capability: tuple[int, int],
+    cudnn: int | None,
+    attention: Kernel,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
+    regular = Plan(lean=True, compiled=True, attention=attention)
+    assert plan("none", gpu) == Plan(lean=False)
+    assert plan("regular", gpu) == regular
+    assert plan("high", gpu) == replace(regular, float8=capability >= (8, 9))
+
+
+def test_plans_of_a_cpu() -> None:
+    cpu = torch.device("cpu")
+    assert plan("none", cpu) == Plan(lean=False)
+    assert plan("regular", cpu) == plan("high", cpu) == Plan(lean=True, attention="plain")
+
+
+def test_plans_in_words() -> None:
+    assert str(Plan(lean=False)) == "diffusers' own forward"
+    assert str(Plan(lean=True, attention="plain")) == "lean forward"
+    everything = Plan(lean=True, compiled=True, float8=True, attention="cudnn")
+    assert str(everything) == "lean forward, compiled, float8 matrices, cuDNN attention"
