@@ -57,6 +57,7 @@ def options(
 def open_engine(settings: Settings, *wanted: Variant) -> Iterator[LocalEngine]:
     """The `OpenEngine` of the commands: weights in this process, tensor work on threads."""
     from inference.aio import AsyncEngine
+    from inference.plan import default_device, usable_device
     from inference.variants import Engines
     from inference.weights import WeightsError
 
@@ -64,16 +65,19 @@ def open_engine(settings: Settings, *wanted: Variant) -> Iterator[LocalEngine]:
         name: spec for name, spec in settings.variants.items() if name in wanted or not wanted
     }
     try:
+        device = usable_device(settings.device or default_device())
+    except ValueError as error:
+        fail(f"ZIMAGE_DEVICE: {error}")
+    try:
         engines = Engines(
             served,
-            device=settings.device,
+            device=str(device),
             safety_threshold=settings.safety_threshold,
             loras=settings.lora_directory,
         )
     except WeightsError as error:
         fail(str(error))
     loaded = [f"{name} {spec} ({engines[name].weights.revision})" for name, spec in served.items()]
-    device = next(engines[name].device for name in served)
     engine = AsyncEngine(engines)
     try:
         yield LocalEngine(engine, f"{', '.join(loaded)} on {device}")
@@ -88,10 +92,9 @@ def weights_info(
 ) -> None:
     """Where a set of weights is, its revision and its parts, what it takes of a GPU, and what
     acceleration means here."""
-    import torch
 
     from inference import memory
-    from inference.plan import default_device, plan
+    from inference.plan import default_device, plan, usable_device
     from inference.weights import COMPONENTS, WeightsError, locate
 
     settings = read_settings()
@@ -120,7 +123,10 @@ def weights_info(
     )
     print(weights.path)
     print(f"expands prompts: {'yes' if weights.language_model else 'no'}")
-    device = torch.device(settings.device or default_device())
+    try:
+        device = usable_device(settings.device or default_device())
+    except ValueError as error:
+        fail(f"ZIMAGE_DEVICE: {error}")
     for level in get_args(Acceleration):
         print(f"{level} on {device}: {plan(level, device)}")
 

@@ -168,8 +168,12 @@ def _old(path: Path, now: float) -> bool:
 def write_whole(path: Path, data: bytes) -> None:
     """Write beside and rename, so that a reader never sees half a file."""
     partial = path.with_name(path.name + ".part")
-    partial.write_bytes(data)
-    partial.rename(path)
+    try:
+        partial.write_bytes(data)
+        partial.rename(path)
+    except OSError:
+        partial.unlink(missing_ok=True)  # a full disk wants its room back
+        raise
 
 
 async def _receive(path: Path, chunks: AsyncIterator[bytes], limit: int) -> int:

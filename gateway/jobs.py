@@ -130,9 +130,11 @@ class Job:
         self.attempts -= attempted
 
     def overdue(self, now: float) -> bool:
-        """Whether it should have started by now and has not."""
+        """Whether it should have started by now and has not, or not in time."""
         timeout = self.terms.start_timeout
-        return self.status == "IN_QUEUE" and timeout is not None and now >= self.created + timeout
+        if timeout is None or self.status == "COMPLETED":
+            return False
+        return (now if self.started is None else self.started) >= self.created + timeout
 
     def forget_at(self, retention: float) -> float | None:
         """Until when a finished job is kept, as its caller and the operator want."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import mmap
 import os
 import re
@@ -28,6 +29,8 @@ from gateway.files import Files, own_name
 from schemas.errors import InputError, Loc
 from schemas.lora import LoraError, adapters
 from schemas.safetensors import read_header
+
+logger = logging.getLogger(__name__)
 
 MAX_BYTES = 2 * 2**30
 """Of one file. Rank 128 on all layers of Z-Image has 0.8 GB."""
@@ -68,7 +71,7 @@ class LoraStore:
         self._refresh = refresh
         self._one_at_a_time: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-        self._token = os.environ.get("HF_TOKEN", "").strip() or None
+        self._token = _hub_token()
 
     async def __call__(self, path: str, loc: Loc) -> str:
         """The file's SHA-256. Raises InputError: file_download_error, file_too_large, value_error."""
@@ -225,3 +228,12 @@ async def _read(path: Path) -> AsyncIterator[bytes]:
     with path.open("rb") as file:
         while chunk := await asyncio.to_thread(file.read, 1 << 20):
             yield chunk
+
+
+def _hub_token() -> str | None:
+    """One that cannot be a header would be told in the error about it, and logged."""
+    token = os.environ.get("HF_TOKEN", "").strip()
+    if token and not re.fullmatch("[!-~]+", token):
+        logger.error("HF_TOKEN has characters that no token has: it is not used")
+        return None
+    return token or None

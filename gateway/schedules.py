@@ -154,11 +154,15 @@ def load(path: Path) -> list[Schedule]:
     try:
         content = tomllib.loads(path.read_text())
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ScheduleError(f"{path}: {error}") from None
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ScheduleError(f"{path}: {why}") from None
     if content.keys() - {"schedule"}:
         raise ScheduleError(f"{path}: only [[schedule]] entries belong here")
+    entries = content.get("schedule", [])
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise ScheduleError(f"{path}: write [[schedule]] above each entry, with two brackets")
     found: dict[str, Schedule] = {}
-    for number, entry in enumerate(content.get("schedule", []), start=1):
+    for number, entry in enumerate(entries, start=1):
         where = f"{path}, schedule {entry.get('name', number)!r}"
         try:
             schedule = Schedule.model_validate(entry)

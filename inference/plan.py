@@ -52,3 +52,14 @@ def plan(level: Acceleration, device: torch.device) -> Plan:
 def default_device() -> str:
     """The first GPU if there is one."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def usable_device(name: str) -> torch.device:
+    """Raises ValueError for one that this machine, or this build of torch, does not have."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"there is no device {name!r} here: {reason}") from None
+    return device

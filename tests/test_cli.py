@@ -122,7 +122,9 @@ def test_what_an_endpoint_does_not_have_is_named(
             1,
             "is not a public address; ZIMAGE_FETCH_ALLOW",
         ),
-        ([__file__, "x", "-o", "a.png"], 1, "IMAGE: Unsupported or unrecognized image format"),
+        ([__file__, "x", "-o", "a.png"], 2, "IMAGE: Unsupported or unrecognized image format"),
+        ([CAT, "x", "-o", "a.png", "--lora", "a.safetensors:much"], 2, "scale 'much' is not a"),
+        ([CAT, "x", "-o", "/tmp"], 2, "is a directory"),
         ([CAT, "x", "-o", "a.png", "--weights", "/nowhere"], 2, "does not exist"),
         ([CAT, "x", "-o", "a.png", "--weights", "a/b"], 2, "zimage weights fetch a/b"),
     ],
@@ -138,7 +140,7 @@ def test_mistakes_are_explained(
 
 
 def test_a_failed_run_leaves_no_folder(tmp_path: Path) -> None:
-    done = zimage("run", __file__, "x", "-o", tmp_path / "new" / "a.png")
+    done = zimage("run", "http://10.0.0.1/a.png", "x", "-o", tmp_path / "new" / "a.png")
     assert done.returncode == 1 and not list(tmp_path.iterdir())
 
 
@@ -146,7 +148,7 @@ def test_json_of_a_refusal_is_the_response_body(tmp_path: Path) -> None:
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no picture")
     done = zimage("run", broken, "x", "-o", tmp_path / "a.png", "--json")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert json.loads(done.stdout)["detail"][0]["type"] == "unsupported_image_format"
 
 
@@ -159,6 +161,8 @@ def test_json_of_a_refusal_is_the_response_body(tmp_path: Path) -> None:
         ([], {"ZIMAGE_FETCH_ALLOW": "everything"}, "ZIMAGE_FETCH_ALLOW"),
         ([], {"ZIMAGE_ACCELERATION_DEFAULT": "warp"}, "ZIMAGE_ACCELERATION_DEFAULT"),
         ([], {"ZIMAGE_WEIGHTS": "/nowhere"}, "does not exist"),
+        ([], {"ZIMAGE_DEVICE": "gpu"}, "ZIMAGE_DEVICE: there is no device 'gpu' here"),
+        ([], {"ZIMAGE_DEVICE": "xpu"}, "ZIMAGE_DEVICE: there is no device 'xpu' here"),
     ],
     ids=str,
 )

@@ -8,7 +8,7 @@ import logging
 import time
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.logging import RichHandler
@@ -31,7 +31,9 @@ from gateway.commands.terminal import (
     refused,
     timings_table,
 )
+from gateway.fetch import from_data_uri
 from gateway.inputs import parse
+from media.decode import decode
 from schemas.endpoints import ENDPOINTS, Endpoint
 from schemas.errors import ApiError
 from schemas.task import Acceleration, Format, TilingMode, Variant
@@ -118,6 +120,8 @@ def run(
     negative_prompt: Annotated[str | None, _base(help="What the picture should not be.")] = None,
 ) -> None:
     """Make pictures from a picture and a prompt, once, without a server."""
+    if out.is_dir():
+        fail(f"--out {out} is a directory")
     output_format = format or _SUFFIXES.get(out.suffix.lower())
     if output_format is None:
         fail(f"--out {out}: give it a suffix of {', '.join(_SUFFIXES)}, or say --format")
@@ -149,7 +153,10 @@ def run(
         check_lora(each)
     body = {name: value for name, value in body.items() if value is not None}
     endpoint = _endpoint(body, base)
-    _check(endpoint, body)
+    try:
+        _check(endpoint, body)
+    except ApiError as error:
+        _refused(error.body(), REFUSED, print_json)
     settings = read_settings(**{"base_weights" if base else "weights": weights})
     if endpoint.variant not in settings.variants:
         setting, example = _REAL_WEIGHTS[endpoint.variant]
@@ -157,9 +164,7 @@ def run(
     check_writable(out)
     answer, loaded = _run_once(settings, context.obj, endpoint, body)
     if answer.status != 200:
-        if print_json:
-            print(json.dumps(answer.body, indent=2))
-        refused(answer.body, FAILED)
+        _refused(answer.body, FAILED, print_json)
     _write(answer, out)
     if print_json:
         print(json.dumps(answer.body, indent=2))
@@ -167,7 +172,8 @@ def run(
     if settings.variants[endpoint.variant] == "demo":
         setting, weights = _REAL_WEIGHTS[endpoint.variant]
         console.print(
-            "Small demo weights. Real ones (about 20 GB, needs a GPU): "
+            "Small demo weights, which know 256x256 only (--size 256x256). Real ones (about 20 GB, for a "
+            "GPU): "
             f"zimage weights fetch {weights}, then {setting}={weights}",
             highlight=False,
             soft_wrap=True,
@@ -186,7 +192,7 @@ def _endpoint(body: dict[str, Any], base: bool) -> Endpoint:
 
 
 def _check(endpoint: Endpoint, body: dict[str, Any]) -> None:
-    """Refuse what can be refused before weights are loaded.
+    """Refuse what can be refused before weights are loaded. Raises ApiError.
 
     A server ignores fields that its endpoint does not have, as fal does; somebody who typed one meant it.
     """
@@ -198,10 +204,17 @@ def _check(endpoint: Endpoint, body: dict[str, Any]) -> None:
                 if field in each.input.model_fields and not each.id.endswith("/lora")
             ]
             fail(f"{option(field)} is not for {endpoint.id}, but for {', '.join(having)}")
-    try:
-        parse(endpoint, json.dumps(body).encode())
-    except ApiError as error:
-        refused(error.body(), REFUSED)
+    parse(endpoint, json.dumps(body).encode())
+    for field in ("image_url", "mask_image_url"):
+        if str(body.get(field, "")).startswith("data:"):
+            loc = ("body", field)
+            decode(from_data_uri(body[field], loc), loc)
+
+
+def _refused(body: dict[str, Any], code: int, print_json: bool) -> NoReturn:
+    if print_json:
+        print(json.dumps(body, indent=2))
+    refused(body, code)
 
 
 def _run_once(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import signal
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gateway.commands.engine import platform_and_engine
-from gateway.commands.terminal import FAILED, fail, read_settings
+from gateway.commands.terminal import FAILED, console, fail, read_settings
 from gateway.schedules import Schedule, ScheduleError, keep, load, run, saving_below
 from gateway.settings import Settings
 
@@ -71,6 +73,8 @@ def run_schedule(
             if schedule.output is not None:
                 pictures = [str(path.parent / picture) for picture in pictures]
             print(json.dumps({"request_id": each.request_id, "error": each.error}), *pictures)
+        if schedule.output is None:
+            console.print(f"{name} has no output folder: `zimage serve` has these pictures")
         return sum(each.error is not None for each in ran)
 
     with platform_and_engine(settings, context.obj, _SERVE_RUNS_THEM) as (platform, _):
@@ -93,10 +97,16 @@ def serve_schedules(context: typer.Context, file: _File = None, home: _Home = No
     schedules = _load(path)
 
     async def forever() -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
         async with platform:
             await keep(platform, schedules, _origin(settings), saving_below(path.parent))
 
-    with platform_and_engine(settings, context.obj, _SERVE_RUNS_THEM) as (platform, _):
+    with (
+        platform_and_engine(settings, context.obj, _SERVE_RUNS_THEM) as (platform, _),
+        suppress(asyncio.CancelledError),
+    ):  # stopped: what is in progress goes on at the next start
         asyncio.run(forever())
 
 

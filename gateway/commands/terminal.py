@@ -76,6 +76,8 @@ def path_and_scale(lora: str) -> dict[str, object]:
     try:
         return {"path": path, "scale": float(scale)} if path else {"path": lora}
     except ValueError:
+        if path.endswith(".safetensors"):
+            fail(f"--lora {lora}: the scale {scale!r} is not a number")
         return {"path": lora}
 
 
@@ -106,8 +108,6 @@ def check_writable(out: Path) -> None:
             pass
     except OSError as error:
         fail(f"--out {out} cannot be written: {error.strerror}")
-    if out.is_dir():
-        fail(f"--out {out} is a directory")
 
 
 async def interruptible(work: Coroutine[Any, Any, T]) -> T:
@@ -126,7 +126,7 @@ async def interruptible(work: Coroutine[Any, Any, T]) -> T:
 
 def timings_table(timings: dict[str, float], loaded: float) -> Table:
     table = Table("stage", "seconds", title="where the time went")
-    table.add_row("load weights", f"{loaded:.3f}")
+    table.add_row("start, load weights", f"{loaded:.3f}")
     outside = ("inference", "input_fetch", "input_decode", "output_store")
     for stage in sorted(timings, key=lambda stage: stage not in outside[1:3]):
         table.add_row(stage if stage in outside else f"  {stage}", f"{timings[stage]:.3f}")

@@ -40,11 +40,14 @@ class Journal:
         """In the open transaction, whoever began it. Raises sqlite3.Error; then this is not written."""
         try:
             if not self.db.in_transaction:
+                self._fail("undone by a read")  # as some errors do
                 self.db.execute("BEGIN IMMEDIATE")
             return self.db.execute(statement, values)
-        except sqlite3.Error as error:
+        except (sqlite3.Error, MemoryError) as error:
             if not self.db.in_transaction:  # a full disk takes the others' writes along
-                self._fail(error)
+                self._fail(str(error))
+            if isinstance(error, MemoryError):
+                raise sqlite3.OperationalError("out of memory") from error
             raise
 
     async def committed(self) -> None:
@@ -61,13 +64,16 @@ class Journal:
     def commit(self) -> None:
         """Now. Raises sqlite3.Error."""
         if not self.db.in_transaction:
+            self._fail("undone by a read")
             return
         try:
             self.db.execute("COMMIT")
-        except sqlite3.Error as error:
+        except (sqlite3.Error, MemoryError) as error:
             if self.db.in_transaction:
                 self.db.execute("ROLLBACK")
-            self._fail(error)
+            self._fail(str(error))
+            if isinstance(error, MemoryError):
+                raise sqlite3.OperationalError("out of memory") from error
             raise
         for end in self._waited_for():
             end.set_result(None)
@@ -86,9 +92,10 @@ class Journal:
         self.commit()
         self.db.close()
 
-    def _fail(self, error: sqlite3.Error) -> None:
+    def _fail(self, why: str) -> None:
+        """Whoever still waits, waits for a transaction that is no more."""
         for end in self._waited_for():
-            end.set_exception(error)
+            end.set_exception(sqlite3.OperationalError(f"not on record: {why}"))
 
     def _waited_for(self) -> list[asyncio.Future[None]]:
         ends, self._waiting = self._waiting, []

@@ -37,6 +37,7 @@ POSITION_SECONDS = 1.0
 
 CHECKPOINT_SECONDS = 0.25
 SWEEP_SECONDS = 60.0
+RETRY_SECONDS = 1.0
 
 logger = logging.getLogger(__name__)
 
@@ -116,12 +117,15 @@ class LocalPlatform(Platform):
     def _expire_later(self, job: Job) -> None:
         """End a job that has not started when its caller's patience is over."""
         if (timeout := job.terms.start_timeout) is not None:
-            delay = job.created + timeout - time.time()
-            if delay <= 0:
-                self._drop(job.request_id, StartTimeout())
-            else:
-                loop = asyncio.get_running_loop()
-                loop.call_later(delay, self._drop, job.request_id, StartTimeout())
+            delay = max(0.0, job.created + timeout - time.time())
+            asyncio.get_running_loop().call_later(delay, self._expire, job.request_id)
+
+    def _expire(self, request_id: str) -> None:
+        try:
+            self._drop(request_id, StartTimeout())
+        except sqlite3.Error:
+            logger.exception("request %s is late and cannot be dropped, trying again", request_id)
+            asyncio.get_running_loop().call_later(RETRY_SECONDS, self._expire, request_id)
 
     def _drop(self, request_id: str, error: ApiError) -> bool:
         """End a job that is still queued."""
@@ -149,7 +153,8 @@ class LocalPlatform(Platform):
                     return
                 with suppress(TimeoutError):
                     queued = view.job.status == "IN_QUEUE"
-                    await asyncio.wait_for(changed.wait(), POSITION_SECONDS if queued else None)
+                    async with asyncio.timeout(POSITION_SECONDS if queued else None):
+                        await changed.wait()
                 changed.clear()
         finally:
             self._watchers[request_id].discard(changed)

@@ -41,7 +41,8 @@ class Outbox:
                 due = now + RETRY_SECONDS
             with suppress(TimeoutError):
                 delay = None if due is None else max(0.0, due - time.time())
-                await asyncio.wait_for(self._changed.wait(), delay)
+                async with asyncio.timeout(delay):  # unlike wait_for, never swallows a cancel
+                    await self._changed.wait()
             await asyncio.sleep(PAUSE_SECONDS)
 
     def send(self, delivery: Delivery) -> None:

@@ -79,6 +79,8 @@ class Records:
                 interrupted.append(job)
             if job.status == "IN_QUEUE":
                 self.backlog.add(job, row["sequence"])
+            else:
+                self._drop_input(job.request_id)
         self._journal.commit()
         return interrupted
 
@@ -96,31 +98,31 @@ class Records:
         `waits` is called when the job is in the backlog, shortly before it is on record. Raises
         QueueFull, and InputError if that earlier job was another request.
         """
-        inline = await self._spool(job.request_id, "input", body)
         terms = job.terms
         idempotency, digest = None, ""
-        if terms.idempotency_key is not None:
-            idempotency = json.dumps([job.key_id, terms.idempotency_key])
-            digest = await asyncio.to_thread(request_digest, job, body)
         try:
-            if idempotency and (earlier := self._earlier(idempotency, digest)):
-                self._drop_input(job.request_id)
-                await self.committed()
-                return earlier
+            inline = await self._spool(job.request_id, "input", body)
+            if terms.idempotency_key is not None:
+                idempotency = json.dumps([job.key_id, terms.idempotency_key])
+                digest = await asyncio.to_thread(request_digest, job, body)
+                if earlier := self._earlier(idempotency, digest):
+                    self._drop_input(job.request_id)
+                    await self.committed()
+                    return earlier
             limit = terms.max_queue_length
             if limit is not None and len(self.backlog) >= limit:
                 raise QueueFull(limit)
-        except ApiError:
+            written = self._journal.write(
+                "INSERT INTO jobs (request_id, endpoint, key_id, origin, created, terms, low_priority,"
+                " idempotency, digest, status, attempts, logs, input)"
+                " VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?)",
+                (job.request_id, job.endpoint, job.key_id, job.origin, job.created)
+                + (tables.dumped(terms), terms.low_priority, idempotency, digest)
+                + (job.status, 0, "[]", inline),
+            )
+        except BaseException:
             self._drop_input(job.request_id)
             raise
-        written = self._journal.write(
-            "INSERT INTO jobs (request_id, endpoint, key_id, origin, created, terms, low_priority,"
-            " idempotency, digest, status, attempts, logs, input)"
-            " VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?)",
-            (job.request_id, job.endpoint, job.key_id, job.origin, job.created)
-            + (tables.dumped(terms), terms.low_priority, idempotency, digest)
-            + (job.status, 0, "[]", inline),
-        )
         assert written.lastrowid is not None
         if inline is not None and len(self.backlog) < AT_HAND:
             self._at_hand[job.request_id] = inline

@@ -21,7 +21,7 @@ from gateway.logs import log_entry, progress_message
 from gateway.perform import perform
 from gateway.platforms.records import Records
 from gateway.services import OnProgress, Services
-from schemas.errors import Cancelled, internal_error
+from schemas.errors import Cancelled, StartTimeout, internal_error
 from schemas.task import Progress, Result, Task
 
 PREPARING = 4
@@ -120,8 +120,14 @@ class Runs:
         except asyncio.CancelledError:
             if run.cancelled:
                 return Outcome.of_error(Cancelled())
-            self._records.hand_back(run.job, run.attempted)
-            return None
+            task = asyncio.current_task()
+            if run.interrupted or (task and task.cancelling()):
+                self._records.hand_back(run.job, run.attempted)
+                return None
+            logger.exception("request %s was cancelled by nobody", run.job.request_id)
+            return Outcome.of_error(internal_error())
+        except StartTimeout as error:
+            return Outcome.of_error(error)
         except Exception:  # `perform` raises nothing, so it is the disk, or a bug of ours
             logger.exception("request %s failed", run.job.request_id)
             return Outcome.of_error(internal_error())
@@ -131,7 +137,6 @@ class Runs:
             while not run.attempted:
                 try:
                     await self._records.attempt(run.job)
-                    run.attempted = True
                 except sqlite3.Error:  # perhaps another's, with whom it shared a transaction
                     logger.exception("%s cannot begin, trying again", run.job.request_id)
                     await asyncio.sleep(RETRY_SECONDS)
@@ -144,7 +149,9 @@ class Runs:
             try:
                 await self._records.finish(job, outcome, time.time())
                 break
-            except (OSError, sqlite3.Error):
+            except LookupError:
+                raise
+            except Exception:
                 logger.exception("request %s cannot be recorded, trying again", job.request_id)
                 if self._stopping:
                     return False
@@ -162,21 +169,29 @@ class Run:
     def __init__(self, job: Job, changed: Callable[[], None]) -> None:
         self.job, self._changed = job, changed
         self.progress: Progress | None = None
-        self.attempted = False
         self.cancelled = False
         self.recording = False
-        self._begun = self._interrupted = False
+        self.interrupted = False
+        self._begun = False
+        self._attempts_before = job.attempts
+
+    @property
+    def attempted(self) -> bool:
+        """Whether the engine has it, or will have it as soon as that is on record."""
+        return self.job.attempts > self._attempts_before
 
     def begin(self) -> None:
-        """Raises CancelledError if it has been interrupted by now: a task that is cancelled before its
-        first step would never hear of it."""
+        """Raises StartTimeout if that is too late; and CancelledError if it has been interrupted by now: a
+        task that is cancelled before its first step would never hear of it."""
         self._begun = True
-        if self._interrupted:
+        if self.interrupted:
             raise asyncio.CancelledError
+        if self.job.overdue(time.time()):
+            raise StartTimeout
         self._changed()
 
     def interrupt(self) -> None:
-        self._interrupted = True
+        self.interrupted = True
         if self._begun:
             self.task.cancel()
 

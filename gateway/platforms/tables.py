@@ -55,32 +55,38 @@ CREATE INDEX IF NOT EXISTS due ON webhooks (due) WHERE due IS NOT NULL;
 """
 
 _MIGRATIONS = (
-    """
-ALTER TABLE jobs ADD COLUMN terms TEXT NOT NULL DEFAULT '{}';
-ALTER TABLE jobs ADD COLUMN low_priority INTEGER NOT NULL DEFAULT 0;
-ALTER TABLE jobs ADD COLUMN idempotency TEXT;
-ALTER TABLE jobs ADD COLUMN digest TEXT NOT NULL DEFAULT '';
-DROP INDEX queue;
-""",
-    "DROP INDEX IF EXISTS idempotency;",
-    """
-DROP INDEX IF EXISTS queue;
-DROP INDEX IF EXISTS running;
-ALTER TABLE jobs ADD COLUMN plan TEXT;
-""",
+    (
+        "ALTER TABLE jobs ADD COLUMN terms TEXT NOT NULL DEFAULT '{}'",
+        "ALTER TABLE jobs ADD COLUMN low_priority INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE jobs ADD COLUMN idempotency TEXT",
+        "ALTER TABLE jobs ADD COLUMN digest TEXT NOT NULL DEFAULT ''",
+    ),
+    ("DROP INDEX IF EXISTS idempotency",),
+    (
+        "DROP INDEX IF EXISTS queue",
+        "DROP INDEX IF EXISTS running",
+        "ALTER TABLE jobs ADD COLUMN plan TEXT",
+    ),
 )
 """From the tables of version 0 to 1, from 1 to 2, …"""
 
 
 def migrate(db: sqlite3.Connection) -> None:
-    """Make the tables, or bring those of an earlier version up to date."""
+    """Make the tables, or bring those of an earlier version up to date. Raises RuntimeError for a later
+    version's."""
     (version,) = db.execute("PRAGMA user_version").fetchone()
-    (old,) = db.execute(
-        "SELECT COUNT(*) FROM sqlite_master WHERE type='table' AND name='jobs'"
-    ).fetchone()
-    migration = "".join(_MIGRATIONS[version:]) if old else ""
+    if version > len(_MIGRATIONS):
+        raise RuntimeError(f"{FILE} is of a later version of zimage, which has to be used with it")
+    columns = {name for _, name, *_ in db.execute("PRAGMA table_info(jobs)")}
+    migration = [
+        statement
+        for statements in (_MIGRATIONS[version:] if columns else ())
+        for statement in statements
+        # An earlier version may have been used since, and have left its number.
+        if statement.partition("ADD COLUMN ")[2].partition(" ")[0] not in columns
+    ]
     db.executescript(
-        f"BEGIN; {migration} {_SCHEMA} PRAGMA user_version={len(_MIGRATIONS)}; COMMIT;"
+        f"BEGIN; {'; '.join(migration)}; {_SCHEMA} PRAGMA user_version={len(_MIGRATIONS)}; COMMIT;"
     )
 
 

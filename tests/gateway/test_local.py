@@ -8,12 +8,13 @@ import sqlite3
 import time
 import uuid
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from gateway.jobs import Job
-from gateway.platforms import runs
+from gateway.jobs import Job, Terms
+from gateway.platforms import local, runs
 from gateway.platforms.local import LocalPlatform
 from gateway.platforms.records import Records
 from gateway.settings import Settings
@@ -227,3 +228,107 @@ def test_watchers_leave_nothing_behind(tmp_path: Path) -> None:
         assert [watcher async for watcher in platform.watch("unknown")] == []
 
     on_platform(tmp_path, Sleepy(0.1), scenario)
+
+
+@pytest.mark.parametrize("turns", range(4))
+def test_an_orderly_stop_while_the_attempt_is_recorded_is_no_attempt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, turns: int
+) -> None:
+    """Of a job that is to be tried once only, it would be the end."""
+    given = replace(job(), terms=Terms(retry=False))
+    attempt = Records.attempt
+
+    async def start(platform: LocalPlatform) -> None:
+        begun = asyncio.Event()
+
+        async def watched(self: Records, it: Job) -> None:
+            begun.set()
+            await attempt(self, it)
+
+        monkeypatch.setattr(Records, "attempt", watched)
+        await platform.submit(given, BODY)
+        await begun.wait()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+
+    on_platform(tmp_path, Sleepy(60), start)
+    monkeypatch.undo()
+
+    async def end(platform: LocalPlatform) -> None:
+        assert (await platform.wait(given.request_id)).status == 200
+
+    on_platform(tmp_path, Sleepy(), end)
+
+
+@pytest.mark.parametrize("turns", range(3))
+def test_a_stop_just_after_a_webhook_was_tried(tmp_path: Path, turns: int) -> None:
+    async def scenario(platform: LocalPlatform) -> None:
+        platform._records._journal.write(
+            "INSERT INTO webhooks (request_id, user_id, url, attempts, due) VALUES (?,?,?,1,?)",
+            ("later", "key", "http://host/", time.time() + 60),
+        )
+        platform._records._journal.commit()
+        platform._outbox._changed.set()
+        await asyncio.sleep(0.3)  # it waits for that one now
+        platform._outbox._changed.set()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+
+    async def run() -> None:
+        platform = LocalPlatform(Settings(home=tmp_path), Sleepy())
+        await platform.__aenter__()
+        await scenario(platform)
+        await asyncio.wait_for(platform.__aexit__(None, None, None), 10)
+
+    asyncio.run(run())
+
+
+def test_a_cancel_that_nobody_asked_for_is_an_error(tmp_path: Path) -> None:
+    class Broken(Sleepy):
+        async def __call__(self, task: Task, on_progress: Callable[[Progress], None]) -> Result:
+            raise asyncio.CancelledError
+
+    async def scenario(platform: LocalPlatform) -> None:
+        assert (await platform.wait(await submitted(platform))).status == 500
+        assert await platform.ready()
+
+    on_platform(tmp_path, Broken(), scenario)
+
+
+def test_a_request_that_is_late_while_the_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "RETRY_SECONDS", 0.05)
+
+    async def scenario(platform: LocalPlatform) -> None:
+        others = [await submitted(platform) for _ in range(4)]
+        late = replace(job(), terms=Terms(start_timeout=0.1))
+        await platform.submit(late, BODY)
+        update, failures = platform._records._update, [1, 1, 1]
+
+        def full(it: Job, output: bytes | None) -> None:
+            if it.request_id == late.request_id and failures:
+                failures.pop()
+                raise sqlite3.OperationalError("database or disk is full")
+            update(it, output)
+
+        platform._records._update = full  # type: ignore[method-assign]
+        assert (await platform.wait(late.request_id)).status == 504
+        assert not failures
+        assert {(await platform.wait(other)).status for other in others} == {200}
+
+    on_platform(tmp_path, Sleepy(0.3), scenario)
+
+
+def test_a_request_whose_turn_comes_too_late(tmp_path: Path) -> None:
+    """After a suspended machine wakes, say: the timer has not noticed."""
+
+    async def scenario(platform: LocalPlatform) -> None:
+        late = replace(job(), terms=Terms(start_timeout=60.0), created=time.time() - 61.0)
+        platform._expire_later = lambda job: None  # type: ignore[method-assign]
+        await platform.submit(late, BODY)
+        assert (await platform.wait(late.request_id)).status == 504
+
+    engine = Sleepy()
+    on_platform(tmp_path, engine, scenario)
+    assert engine.started == 0

@@ -17,6 +17,7 @@ from gateway.fetch import Fetcher
 from gateway.files import DirectoryFiles
 from gateway.loras import LoraStore
 from inference.engine import Engine
+from schemas.errors import InputError
 from tests.gateway.test_endpoints import hub
 from tests.inference.lora_files import pairs, weights, written
 
@@ -144,3 +145,23 @@ def test_the_hubs_token_is_shown_to_the_hub_alone(
         asyncio.run(go())
     assert site.shown == ["Bearer hf_of_the_operator"] * 3
     assert elsewhere.asked == ["/signed", "/other"] and elsewhere.shown == [None, None]
+
+
+def test_a_token_that_is_none_is_not_used_nor_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two lines pasted into a secret, say."""
+    monkeypatch.setenv("HF_TOKEN", "hf_secret\nhf_other")
+    with hub() as (url, site):
+        monkeypatch.setenv("HF_ENDPOINT", url)
+
+        async def go() -> None:
+            fetcher = Fetcher([ip_network("127.0.0.0/8")])
+            store = LoraStore(tmp_path / "loras", fetcher, DirectoryFiles(tmp_path / "files"))
+            with pytest.raises(InputError):
+                await store("me/private", LOC)
+            await fetcher.close()
+
+        asyncio.run(go())
+    assert site.shown == [None]
+    assert "HF_TOKEN" in caplog.text and "hf_secret" not in caplog.text

@@ -202,12 +202,60 @@ def test_who_shares_a_transaction_shares_its_failure(tmp_path: Path) -> None:
     asyncio.run(scenario())
 
 
+def test_who_waits_for_a_transaction_that_a_read_undid_is_told(tmp_path: Path) -> None:
+    """As SQLite does on an error of the disk, for a SELECT as well."""
+
+    async def scenario() -> None:
+        records = Records(tmp_path)
+        for again in (True, False):
+            lost = asyncio.create_task(records.insert(job(f"lost {again}"), b"{}"))
+            await asyncio.sleep(0)
+            records._db.execute("ROLLBACK")
+            kept = records.insert(job(f"kept {again}"), b"{}") if again else asyncio.sleep(0)
+            results = await asyncio.gather(lost, kept, return_exceptions=True)
+            assert isinstance(results[0], sqlite3.OperationalError)
+            assert not isinstance(results[1], Exception)
+        assert [each.request_id for each in records.backlog] == ["kept True"]
+        records.close()
+        assert on_record(tmp_path) == ["kept True"]
+
+    asyncio.run(asyncio.wait_for(scenario(), 10))
+
+
+def test_what_a_full_disk_refuses_leaves_nothing_on_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        records = Records(tmp_path)
+        (pages,) = records._db.execute("PRAGMA page_count").fetchone()
+        records._db.execute(f"PRAGMA max_page_count={pages + 2}")
+        refused = 0
+        for number in range(150):
+            try:
+                await records.insert(job(str(number)), LONG)
+            except sqlite3.Error:
+                refused += 1
+        assert refused and len([*(tmp_path / "bodies").iterdir()]) == 150 - refused
+
+        def full(path: Path, data: bytes) -> int:
+            path.touch()
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(Path, "write_bytes", full)
+        with pytest.raises(OSError, match="No space"):
+            await records.insert(job("more"), LONG)
+        assert len([*(tmp_path / "bodies").iterdir()]) == 150 - refused
+        records.close()
+
+    asyncio.run(scenario())
+
+
 def test_checkpoints_bring_the_log_into_the_file(tmp_path: Path) -> None:
     """On a thread, while jobs come, so that SQLite's own checkpoint finds little to wait for."""
 
     async def scenario() -> None:
         records = Records(tmp_path)
-        for number in range(40):
+        for number in range(150):
             await asyncio.gather(
                 asyncio.to_thread(records.checkpoint),
                 *(records.insert(job(f"{number} {k}"), LONG[:9000]) for k in range(20)),

@@ -132,6 +132,8 @@ ARGUMENTS = '[schedule.arguments]\nprompt="x"\n'
     [
         ("nonsense", "Expected"),
         ("[other]", "only \\[\\[schedule\\]\\] entries"),
+        ("schedule=[1]", "with two brackets"),
+        (MINIMAL.replace("[[schedule]]", "[schedule]"), "with two brackets"),
         (MINIMAL, "'a': arguments field required"),
         (MINIMAL.replace("0 7", "99 7") + ARGUMENTS, "cron is no cron expression.*Bad minute"),
         (MINIMAL.replace("0 7", "0 0 7") + ARGUMENTS, "cron is no cron expression of five fields"),

@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import time
+from contextlib import closing, nullcontext
 from pathlib import Path
+
+import pytest
 
 from gateway.jobs import Job, Terms
 from gateway.platforms import tables
@@ -41,3 +44,13 @@ def test_records_of_the_first_version_are_read_on(tmp_path: Path) -> None:
         records.close()
 
     asyncio.run(scenario())
+
+
+def test_a_version_that_was_gone_back_from(tmp_path: Path) -> None:
+    """An earlier version has written its number into the file of this one."""
+    Records(tmp_path).close()
+    for version, fine in ((0, True), (2, True), (len(tables._MIGRATIONS) + 1, False)):
+        with closing(sqlite3.connect(tmp_path / tables.FILE)) as db:
+            db.execute(f"PRAGMA user_version={version}")
+        with nullcontext() if fine else pytest.raises(RuntimeError, match="later version"):
+            Records(tmp_path).close()
