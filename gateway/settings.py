@@ -163,7 +163,7 @@ def read(settings: type[S], **overrides: object) -> S:
         return settings(**given)
     except ValidationError as error:
         problems = (
-            f"ZIMAGE_{'.'.join(map(str, item['loc'])).upper()}: {item['msg']}"
+            f"ZIMAGE_{'.'.join(map(str, item['loc'])).upper()}: {item['msg'].removeprefix('Value error, ')}"
             for item in error.errors()
         )
         raise SettingsError("; ".join(problems)) from None

@@ -175,6 +175,13 @@ def test_serve_refuses_to_start_wrong(
     assert "Traceback" not in done.stderr
 
 
+def test_a_setting_that_nobody_reads_is_named() -> None:
+    environment = {"ZIMAGE_WEIGHT": "demo", "ZIMAGE_RETENTION": "60"}
+    done = zimage("schedule", "list", **environment)
+    assert "no setting ZIMAGE_WEIGHT; is ZIMAGE_WEIGHTS meant?" in done.stderr.replace("\n", " ")
+    assert "RETENTION" not in done.stderr
+
+
 def test_a_taken_port_is_named(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -55,7 +55,9 @@ def serve(
         console.print(
             f"zimage on {url} · documentation {url}/docs\n"
             f"weights {engine.weights} · "
-            f"keys {'off' if keys is None else 'on'} · home {settings.home}",
+            f"keys {'off' if keys is None else 'on'} · home {settings.home}"
+            + "\nsmall demo weights: ask for 256×256, they know no other size"
+            * (settings.weights == "demo"),
             highlight=False,
             markup=False,
             soft_wrap=True,

@@ -13,6 +13,7 @@ import os
 import signal
 import tempfile
 from collections.abc import Coroutine
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -21,7 +22,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from gateway.settings import Settings, SettingsError, read
+from gateway.settings import Deployment, Settings, SettingsError, read
 from schemas.sizes import PRESETS
 
 T = TypeVar("T")
@@ -52,7 +53,15 @@ def option(field: str) -> str:
 
 
 def read_settings(**options: object) -> Settings:
-    """Settings from the environment; options of the command win."""
+    """Settings from the environment; options of the command win. Warns of names that nobody reads."""
+    known = {
+        f"ZIMAGE_{name.upper()}" for each in (Settings, Deployment) for name in each.model_fields
+    }
+    for name in os.environ.keys() - known:
+        if name.startswith("ZIMAGE_"):
+            meant = get_close_matches(name, known, n=1)
+            hint = f"; is {meant[0]} meant?" if meant else ""
+            console.print(f"[yellow]warning:[/] there is no setting {escape(name)}{hint}")
     try:
         return read(Settings, **options)
     except SettingsError as error:
