@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import random
+import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -148,7 +148,7 @@ def make_task(
         steps=params.num_inference_steps,
         strength=fields["strength"] if image is not None else 1.0,
         # 32 bits: exact in every client's number type, JavaScript's too.
-        seed=random.getrandbits(32) if params.seed is None else params.seed,
+        seed=secrets.randbits(32) if params.seed is None else params.seed,
         num_images=params.num_images,
         image=image,
         output_format=params.output_format,
