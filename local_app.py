@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
-from typing import Annotated, get_args
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 from rich.console import Console
@@ -19,6 +19,9 @@ from gateway.commands.serve import serve
 from gateway.commands.terminal import FAILED, fail, read_settings
 from gateway.settings import Settings, describe
 from schemas.task import Acceleration, Variant
+
+if TYPE_CHECKING:
+    import torch
 
 app = typer.Typer(
     help="The fal.ai Z-Image API on your own machine.",
@@ -57,17 +60,13 @@ def options(
 def open_engine(settings: Settings, *wanted: Variant) -> Iterator[LocalEngine]:
     """The `OpenEngine` of the commands: weights in this process, tensor work on threads."""
     from inference.aio import AsyncEngine
-    from inference.plan import default_device, usable_device
     from inference.variants import Engines
     from inference.weights import WeightsError
 
     served = {
         name: spec for name, spec in settings.variants.items() if name in wanted or not wanted
     }
-    try:
-        device = usable_device(settings.device or default_device())
-    except ValueError as error:
-        fail(f"ZIMAGE_DEVICE: {error}")
+    device = _device(settings)
     try:
         engines = Engines(
             served,
@@ -86,6 +85,15 @@ def open_engine(settings: Settings, *wanted: Variant) -> Iterator[LocalEngine]:
         engines.close()
 
 
+def _device(settings: Settings) -> torch.device:
+    from inference.plan import default_device, usable_device
+
+    try:
+        return usable_device(settings.device or default_device())
+    except ValueError as error:
+        fail(f"ZIMAGE_DEVICE: {error}")
+
+
 @weights_app.command("info")
 def weights_info(
     spec: Annotated[str | None, typer.Argument(help="Default: ZIMAGE_WEIGHTS.")] = None,
@@ -94,7 +102,7 @@ def weights_info(
     acceleration means here."""
 
     from inference import memory
-    from inference.plan import default_device, plan, usable_device
+    from inference.plan import plan
     from inference.weights import COMPONENTS, WeightsError, locate
 
     settings = read_settings()
@@ -123,10 +131,7 @@ def weights_info(
     )
     print(weights.path)
     print(f"expands prompts: {'yes' if weights.language_model else 'no'}")
-    try:
-        device = usable_device(settings.device or default_device())
-    except ValueError as error:
-        fail(f"ZIMAGE_DEVICE: {error}")
+    device = _device(settings)
     for level in get_args(Acceleration):
         print(f"{level} on {device}: {plan(level, device)}")
 

@@ -129,12 +129,15 @@ class Job:
         self.status, self.started = "IN_QUEUE", None
         self.attempts -= attempted
 
-    def overdue(self, now: float) -> bool:
-        """Whether it should have started by now and has not, or not in time."""
+    @property
+    def deadline(self) -> float | None:
+        """Before when it is to start; None if its caller waits as long as it takes."""
         timeout = self.terms.start_timeout
-        if timeout is None or self.status == "COMPLETED":
-            return False
-        return (now if self.started is None else self.started) >= self.created + timeout
+        return None if timeout is None else self.created + timeout
+
+    def overdue(self, now: float) -> bool:
+        """Whether it should have started by now and has not."""
+        return self.status == "IN_QUEUE" and self.deadline is not None and now >= self.deadline
 
     def forget_at(self, retention: float) -> float | None:
         """Until when a finished job is kept, as its caller and the operator want."""

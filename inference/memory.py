@@ -12,12 +12,16 @@ from typing import Any
 
 import torch
 
+from inference.lean import PATCH
+from inference.sampling import LATENT_FACTOR
+from inference.text import MAX_TOKENS
+
 MARGIN = 1.3
 """What no count of tensors shows: cuDNN's workspaces, and copies of a layer's input in the order of its
 numbers that normalisation (channel by channel) and convolution (pixel by pixel) want on a GPU."""
 
 NUMBER = 2
-LATENT_FACTOR, PATCH, CAPTION = 8, 2, 512
+"""Bytes of a bfloat16."""
 
 DENOISE = 26
 """Numbers for each channel of each token: most are queries and keys, rotated in float32."""
@@ -30,26 +34,32 @@ PIXEL = 8
 
 
 def denoise_bytes(transformer: Mapping[str, Any], width: int, height: int) -> int:
-    """With the longest prompt, and any number of steps."""
-    tokens = width * height // (LATENT_FACTOR * PATCH) ** 2 + CAPTION
+    """Of a picture of width × height pixels, with the longest prompt, and any number of steps."""
+    tokens = width * height // (LATENT_FACTOR * PATCH) ** 2 + MAX_TOKENS
     return DENOISE * NUMBER * int(transformer["dim"]) * tokens
 
 
 def encode_bytes(vae: Mapping[str, Any], width: int, height: int) -> int:
+    """Of width × height pixels to latents."""
     first: int = vae["block_out_channels"][0]
     return (ENCODE * NUMBER * first + PIXEL) * width * height
 
 
 def decode_bytes(vae: Mapping[str, Any], width: int, height: int) -> int:
+    """Of latents to width × height pixels."""
     second: int = vae["block_out_channels"][1]
     return (DECODE * NUMBER * second + PIXEL) * width * height
 
 
+def layer_weights(transformer: Mapping[str, Any]) -> int:
+    """Numbers in one layer's matrices: four of attention, three of feed-forward, whose width is 8/3."""
+    width: int = transformer["dim"]
+    return 4 * width**2 + 3 * width * int(width / 3 * 8)
+
+
 def float8_bytes(transformer: Mapping[str, Any]) -> int:
     """Of the 8-bit copies that `high` makes of all layers' matrices but the first's and the last's."""
-    width: int = transformer["dim"]
-    matrices = 4 * width**2 + 3 * width * int(width / 3 * 8)
-    return (int(transformer["n_layers"]) - 2) * matrices
+    return (int(transformer["n_layers"]) - 2) * layer_weights(transformer)
 
 
 def fits(needed: int, device: torch.device) -> bool:

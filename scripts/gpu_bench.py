@@ -18,6 +18,7 @@ from rivals import STEPS, Rivals
 from serving import Row
 
 from inference.engine import Engine
+from inference.memory import layer_weights
 from inference.plan import plan
 from inference.sampling import forwards
 from schemas.task import Acceleration
@@ -85,8 +86,7 @@ def contenders(
 
 def forward_flops(config: Any, side: int, caption: int = 64) -> float:
     """Of one forward at side²: two for each weight and token, four · D for each pair of tokens."""
-    width = config.dim
-    weights = 4 * width**2 + 3 * width * int(width / 3 * 8)
+    width, weights = config.dim, layer_weights(config)
     image = (side // 16) ** 2
     total = 0.0
     for blocks, tokens in (

@@ -8,7 +8,7 @@ import logging
 import time
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.logging import RichHandler
@@ -156,7 +156,7 @@ def run(
     try:
         _check(endpoint, body)
     except ApiError as error:
-        _refused(error.body(), REFUSED, print_json)
+        refused(error.body(), REFUSED, print_json)
     settings = read_settings(**{"base_weights" if base else "weights": weights})
     if endpoint.variant not in settings.variants:
         setting, example = _REAL_WEIGHTS[endpoint.variant]
@@ -164,7 +164,7 @@ def run(
     check_writable(out)
     answer, loaded = _run_once(settings, context.obj, endpoint, body)
     if answer.status != 200:
-        _refused(answer.body, FAILED, print_json)
+        refused(answer.body, FAILED, print_json)
     _write(answer, out)
     if print_json:
         print(json.dumps(answer.body, indent=2))
@@ -209,12 +209,6 @@ def _check(endpoint: Endpoint, body: dict[str, Any]) -> None:
         if str(body.get(field, "")).startswith("data:"):
             loc = ("body", field)
             decode(from_data_uri(body[field], loc), loc)
-
-
-def _refused(body: dict[str, Any], code: int, print_json: bool) -> NoReturn:
-    if print_json:
-        print(json.dumps(body, indent=2))
-    refused(body, code)
 
 
 def _run_once(

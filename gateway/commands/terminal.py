@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 import mimetypes
 import os
 import signal
@@ -142,8 +143,10 @@ def timings_table(timings: dict[str, float], loaded: float) -> Table:
     return table
 
 
-def refused(body: dict[str, Any], code: int) -> NoReturn:
+def refused(body: dict[str, Any], code: int, print_json: bool) -> NoReturn:
     """Say what a response that is an error says."""
+    if print_json:
+        print(json.dumps(body, indent=2))
     detail = body["detail"]
     if isinstance(detail, str):
         console.print(f"[red]error:[/] {escape(detail)}", highlight=False)

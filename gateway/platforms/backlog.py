@@ -12,15 +12,15 @@ from typing import NamedTuple
 from gateway.jobs import Job
 
 
-class Place(NamedTuple):
+class Turn(NamedTuple):
     low_priority: bool
     sequence: int
 
 
 class Backlog:
     def __init__(self) -> None:
-        self._order: list[tuple[Place, str]] = []
-        self._waiting: dict[str, tuple[Place, Job]] = {}
+        self._order: list[tuple[Turn, str]] = []
+        self._waiting: dict[str, tuple[Turn, Job]] = {}
 
     def __len__(self) -> int:
         return len(self._order)
@@ -31,9 +31,9 @@ class Backlog:
 
     def add(self, job: Job, sequence: int) -> None:
         """sequence: rises with each job that comes."""
-        place = Place(job.terms.low_priority, sequence)
-        insort(self._order, (place, job.request_id))
-        self._waiting[job.request_id] = place, job
+        turn = Turn(job.terms.low_priority, sequence)
+        insort(self._order, (turn, job.request_id))
+        self._waiting[job.request_id] = turn, job
 
     def next(self) -> Job | None:
         """Take the job whose turn it is."""
@@ -48,8 +48,8 @@ class Backlog:
 
     def position(self, request_id: str) -> int:
         """How many are ahead. Raises KeyError."""
-        place, _ = self._waiting[request_id]
-        return bisect_left(self._order, (place, request_id))
+        turn, _ = self._waiting[request_id]
+        return bisect_left(self._order, (turn, request_id))
 
     def remove(self, request_id: str) -> Job | None:
         """Take a job out of its turn; None if it does not wait."""

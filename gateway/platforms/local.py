@@ -116,8 +116,8 @@ class LocalPlatform(Platform):
 
     def _expire_later(self, job: Job) -> None:
         """End a job that has not started when its caller's patience is over."""
-        if (timeout := job.terms.start_timeout) is not None:
-            delay = max(0.0, job.created + timeout - time.time())
+        if job.deadline is not None:
+            delay = max(0.0, job.deadline - time.time())
             asyncio.get_running_loop().call_later(delay, self._expire, job.request_id)
 
     def _expire(self, request_id: str) -> None:

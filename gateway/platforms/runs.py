@@ -186,7 +186,8 @@ class Run:
         self._begun = True
         if self.interrupted:
             raise asyncio.CancelledError
-        if self.job.overdue(time.time()):
+        started, deadline = self.job.started, self.job.deadline
+        if started is not None and deadline is not None and started >= deadline:
             raise StartTimeout
         self._changed()
 

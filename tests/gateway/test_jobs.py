@@ -107,4 +107,6 @@ def test_a_job_is_overdue_until_it_starts() -> None:
     assert [it.overdue(now) for now in (1.0, 5.9, 6.0)] == [False, False, True]
     it.start(5.0)
     assert not it.overdue(100.0)
+    it.started = 50.0  # once more, on another machine
+    assert not it.overdue(100.0)
     assert not job().overdue(1e9)
