@@ -301,7 +301,8 @@ def test_a_request_that_is_late_while_the_disk_is_full(
     monkeypatch.setattr(local, "RETRY_SECONDS", 0.05)
 
     async def scenario(platform: LocalPlatform) -> None:
-        others = [await submitted(platform) for _ in range(4)]
+        for _ in range(4):  # its turn does not come
+            await submitted(platform)
         late = replace(job(), terms=Terms(start_timeout=0.1))
         await platform.submit(late, BODY)
         update, failures = platform._records._update, [1, 1, 1]
@@ -315,9 +316,8 @@ def test_a_request_that_is_late_while_the_disk_is_full(
         platform._records._update = full  # type: ignore[method-assign]
         assert (await platform.wait(late.request_id)).status == 504
         assert not failures
-        assert {(await platform.wait(other)).status for other in others} == {200}
 
-    on_platform(tmp_path, Sleepy(0.3), scenario)
+    on_platform(tmp_path, Sleepy(60), scenario)
 
 
 def test_a_request_whose_turn_comes_too_late(tmp_path: Path) -> None:
